@@ -1,8 +1,11 @@
 """Prepare and load the datasets: from a raw download to memory-mapped arrays, and from those to batches.
 
     python data.py cremad   --raw CREMA-D          # frames from VideoFlash/*.flv, sound from AudioWAV/*.wav
+    python data.py kinetics --raw kinetics400      # Kinetics-Sounds: the 31 classes out of Kinetics-400
+    python data.py ucf101   --raw UCF101           # RGB and optical flow
     python data.py mosi     --raw aligned_50.pkl   # CMU-MOSI, one pickle of features
     python data.py demo                            # a miniature CREMA-D, drawn and synthesised: no download
+    python data.py cremad   --show                 # a page of what was prepared, as a picture
 
 What it leaves behind, and what training reads, is a folder of plain NumPy arrays:
 
@@ -13,6 +16,7 @@ What it leaves behind, and what training reads, is a folder of plain NumPy array
 """
 
 import argparse
+import csv
 import inspect
 import json
 import os
@@ -26,7 +30,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import parent_process
 from pathlib import Path
@@ -36,8 +40,8 @@ import numpy as np
 import scipy.io.wavfile
 import scipy.signal
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 # torchaudio's import insists on the CUDA version it was built with; its Kaldi features are plain tensor
@@ -53,21 +57,21 @@ class DataError(Exception):
 
 
 class BadClip(Exception):
-    """One clip that cannot be used; it is skipped, counted, and listed in the manifest."""
+    """One clip that cannot be used: it is skipped, counted, and listed in the manifest."""
 
 
 # ---------------------------------------------------------------------------------------------------
-# 1  A prepared dataset: what is on disk, how it is loaded, batches
+# 1  A prepared dataset: what is on disk, how it is loaded, batches and augmentation
 # ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Split:
-    """One split of a prepared dataset. `arrays[m]` is the memory map of modality m, `rows` its usable rows."""
+    """One split of a prepared dataset."""
 
     arrays: dict  # {modality: (N, ...) memory map}
-    specs: dict  # {modality: how it was made and how it is normalised}
-    rows: np.ndarray  # (n,) rows of the arrays that hold a clip
+    specs: dict  # {modality: how it was made, and how it is normalised}
+    rows: np.ndarray  # (n,) the rows of the arrays that hold a clip
     labels: np.ndarray  # (n,) int64
     ids: list  # n clip ids
 
@@ -77,21 +81,19 @@ class Split:
 
 @dataclass
 class Dataset:
-    """What `load` returns: three splits, the class names, and the shape of one sample per modality."""
+    """What `load` returns."""
 
-    name: str
     train: Split
     val: Split
     test: Split
-    classes: list
-    shapes: dict = field(default_factory=dict)  # {modality: shape of one sample as the encoder sees it}
+    classes: list  # their names; a label is an index into it
+    shapes: dict  # {modality: shape of one sample, as an encoder sees it}
 
 
 def load(name, root="prepared", modalities=None):
-    """Open a prepared dataset without reading it into memory.
+    """Open a prepared dataset without reading it into memory; `modalities` picks some of them, default all.
 
-    `modalities` picks some of them, in that order; the default is all. Raises DataError, with the
-    commands that make the dataset, if it is not there.
+    Raises DataError, with the commands that make the dataset, if it is not there.
     """
     folder = Path(root) / name
     if not (folder / "manifest.json").exists():
@@ -100,41 +102,79 @@ def load(name, root="prepared", modalities=None):
     chosen = list(modalities or manifest["modalities"])
     if unknown := [m for m in chosen if m not in manifest["modalities"]]:
         raise DataError(f"{name} has no modality {', '.join(unknown)}; it has {', '.join(manifest['modalities'])}")
-    specs = {m: manifest["modalities"][m] for m in chosen}
-    splits = {}
+    specs, splits = {m: manifest["modalities"][m] for m in chosen}, {}
     for split, ids in manifest["splits"].items():
         labels = np.load(folder / split / "labels.npy")
         rows = np.flatnonzero(labels >= 0)
         arrays = {m: np.load(folder / split / f"{m}.npy", mmap_mode="r") for m in chosen}
         splits[split] = Split(arrays, specs, rows, labels[rows], [ids[r] for r in rows])
+        if not len(rows):
+            raise DataError(f"{folder}/{split} holds no clip: see what manifest.json says was skipped")
     shapes = {m: tuple(cut(splits["train"], m, splits["train"].rows[:1]).shape[1:]) for m in chosen}
-    return Dataset(name, **splits, classes=manifest["classes"], shapes=shapes)
+    return Dataset(**splits, classes=manifest["classes"], shapes=shapes)
 
 
-def cut(split, modality, rows, device="cpu"):
-    """Rows of one modality as a normalised float tensor.
+def cut(split, modality, rows, device="cpu", rng=None):
+    """Rows of one modality as a normalised float tensor; augmented if given a random generator.
 
     frames (B, T, 3, H, W) and flow (B, T, 2, H, W), which stay channels-last in memory, the layout that
-    convolutions are fastest on; fbank (B, 1, F, T); sequence (B, T, D), padding exactly 0.
+    convolutions are fastest on; fbank (B, 1, F, T); sequence (B, T, D), its padding exactly 0.
     """
-    spec = split.specs[modality]
-    x = torch.from_numpy(split.arrays[modality][rows]).to(device).float()
+    spec, array = split.specs[modality], split.arrays[modality]
     if spec["kind"] == "sequence":  # standardised when it was prepared
-        return x
+        return torch.from_numpy(array[rows]).to(device)
+    if (keep := spec.get("keep", 1)) > 1:  # several frames are kept of each segment: one is drawn, or the middle one
+        shape = (len(rows), spec["count"])
+        drawn = rng.integers(keep, size=shape) if rng else np.full(shape, keep // 2)
+        array = array[rows[:, None], keep * np.arange(spec["count"]) + drawn]
+    else:
+        array = array[rows]
+    x = torch.from_numpy(array).to(device).float()
     x.sub_(torch.tensor(spec["mean"], device=device)).div_(torch.tensor(spec["std"], device=device))
-    return x if spec["kind"] == "fbank" else x.movedim(-1, -3)
+    x = x if spec["kind"] == "fbank" else x.movedim(-1, -3)
+    return augment(x, spec["kind"], rng) if rng else x
 
 
-def batches(split, batch_size, seed=None, device="cpu"):
+def augment(x, kind, rng):
+    """Each sample by draws of its own: a crop and a flip for frames and flow, masks for spectrograms.
+
+    Crops take 0.08 to 1 of the area at 3:4 to 4:3, as torchvision's RandomResizedCrop, one for all frames
+    of a clip; masks hide up to a fifth of the bins and of the time (SpecAugment, Park et al. 2019).
+    """
+    B = len(x)
+    if kind == "fbank":  # (B, 1, F, T)
+        for axis in (2, 3):
+            n = x.shape[axis]
+            width = rng.integers(n // 5 + 1, size=B)
+            start, at = rng.integers(n - width + 1), np.arange(n)
+            mask = (at >= start[:, None]) & (at < (start + width)[:, None])  # (B, n)
+            x.masked_fill_(torch.from_numpy(mask).to(x.device).view(B, 1, *((n, 1) if axis == 2 else (1, n))), 0)
+        return x
+    area, ratio = rng.uniform(0.08, 1, B), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), B))
+    wide, high = np.minimum(1, np.sqrt(area * ratio)), np.minimum(1, np.sqrt(area / ratio))
+    flip = rng.choice([-1, 1], B)
+    theta = np.zeros((B, 2, 3), np.float32)  # x' = flip * wide * x + dx, y' = high * y + dy
+    theta[:, 0, 0], theta[:, 0, 2] = flip * wide, rng.uniform(-1, 1, B) * (1 - wide)
+    theta[:, 1, 1], theta[:, 1, 2] = high, rng.uniform(-1, 1, B) * (1 - high)
+    flat = x.flatten(1, 2)  # (B, T * C, H, W): all frames of a clip alike
+    grid = F.affine_grid(torch.from_numpy(theta).to(x.device), flat.shape, align_corners=False)
+    x = F.grid_sample(flat, grid, padding_mode="reflection", align_corners=False).view(x.shape)
+    if kind == "flow":  # mirrored, what moved to the left moves to the right
+        x[:, :, 0] *= torch.from_numpy(flip).to(x).view(B, 1, 1, 1)
+    return x
+
+
+def batches(split, batch_size, seed=None, device="cpu", augmented=False):
     """Yield ({modality: tensor (B, ...)}, labels (B,)) over one split, once.
 
     With a seed (an int or a tuple of ints) in random order, the same for the same seed; without, in the
     order of the clips. The last batch may be smaller: no clip is lost, none comes twice.
     """
-    order = np.arange(len(split)) if seed is None else np.random.default_rng(seed).permutation(len(split))
+    rng = np.random.default_rng(seed)
+    order = np.arange(len(split)) if seed is None else rng.permutation(len(split))
     for start in range(0, len(order), batch_size):
         picked = np.sort(order[start : start + batch_size])  # ascending rows read the disk in one direction
-        inputs = {m: cut(split, m, split.rows[picked], device) for m in split.arrays}
+        inputs = {m: cut(split, m, split.rows[picked], device, rng if augmented else None) for m in split.arrays}
         yield inputs, torch.from_numpy(split.labels[picked]).to(device)
 
 
@@ -143,33 +183,68 @@ def batches(split, batch_size, seed=None, device="cpu"):
 # ---------------------------------------------------------------------------------------------------
 
 
-def read_frames(path, spec):
-    """Frames at the middles of equal parts of a video, squeezed to squares: (count, size, size, 3) uint8.
+def middles(length, count):
+    """The middles of `count` equal parts of `length` frames: number i is the one at (i + 1/2) / count."""
+    return [int((i + 0.5) * length / count) for i in range(count)]
 
-    Frame number i of `count` is the one at (i + 1/2) / count of the clip. Packets are cheap to read and
-    dear to decode: all are read, so that the length is known even where the container does not tell it,
-    and decoding begins at the last keyframe before each frame that is wanted.
+
+def read_frames(path, spec):
+    """Frames at the middles of equal parts of a clip, squeezed to squares: (count * keep, size, size, 3) uint8."""
+    size, frames = spec["size"], pick_frames(path, spec)
+    # one thread: for one picture, starting several takes ten times as long as the work
+    return np.stack([f.reformat(size, size, "rgb24", threads=1).to_ndarray() for f in frames])
+
+
+def read_flow(source, spec):
+    """Optical flow at the middles of equal parts, (count * keep, size, size, 2) uint8: 128 is none, 255 is 20 pixels.
+
+    `source` is a pair of folders of precomputed u and v pictures; or a video, whose flow from one frame to
+    the next is then computed by OpenCV's DIS (Kroeger et al. 2016), in milliseconds where TV-L1 takes seconds.
     """
-    count, size = spec["count"], spec["size"]
+    size = (spec["size"], spec["size"])
+    if isinstance(source, tuple):
+        u, v = (sorted(folder.glob("*.jpg")) for folder in source)
+        if not u or len(u) != len(v):
+            raise BadClip(f"{source[0].name}: {len(u)} pictures of flow in u, {len(v)} in v")
+        at = middles(len(u), spec["count"] * spec["keep"])
+        fields = [[Image.open(axis[i]).convert("L") for axis in (u, v)] for i in at]
+    else:
+        import cv2
+
+        cv2.setNumThreads(1)
+        grey = [f.to_ndarray(format="gray") for f in pick_frames(source, spec, pairs=True)]
+        dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        moves = [dis.calc(a, b, None) for a, b in zip(grey[::2], grey[1::2])]  # (H, W, 2) in pixels
+        fields = [np.uint8(np.clip(128 + m * (127 / 20), 0, 255).round()) for m in moves]
+        fields = [[Image.fromarray(np.ascontiguousarray(f[..., axis])) for axis in (0, 1)] for f in fields]
+    return np.stack([np.stack([i.resize(size, Image.BILINEAR) for i in pair], -1) for pair in fields])
+
+
+def pick_frames(path, spec, pairs=False):
+    """The decoded frames at the middles of count * keep equal parts of a video; in pairs, each with the next one.
+
+    Packets are cheap to read and dear to decode: all are read, so that the length is known even where the
+    container does not tell it, and decoding begins at the last keyframe before each frame that is wanted.
+    """
     with open_media(path) as container:
         if not container.streams.video:
             raise BadClip(f"{path.name}: no picture")
         stream = container.streams.video[0]
         packets = [p for p in container.demux(stream) if p.size]
-        if not packets:
-            raise BadClip(f"{path.name}: no frame")
+        if len(packets) <= pairs:
+            raise BadClip(f"{path.name}: {len(packets)} frames")
         if len(packets) < 0.9 * stream.frames:
             raise BadClip(f"{path.name}: truncated, {len(packets)} of {stream.frames} frames are there")
-        last = len(packets)
+        length = len(packets)
         if "longest" in spec and stream.average_rate:
-            last = min(last, max(1, round(spec["longest"] * float(stream.average_rate))))
-        wanted = [int((i + 0.5) * last / count) for i in range(count)]
+            length = min(length, max(1, round(spec["longest"] * stream.average_rate)))
+        wanted = middles(length, spec["count"] * spec.get("keep", 1))
+        if pairs:
+            wanted = [j for i in wanted for j in (min(i, length - 2), min(i, length - 2) + 1)]
         frames = decode(stream, packets, wanted, trust_times=container.format.name != "avi")
-        if missing := [i for i in wanted if i not in frames]:
-            raise BadClip(f"{path.name}: broken, frame {missing[0]} of {len(packets)} cannot be decoded")
-        # one thread: for a picture, starting several takes ten times as long as the work
-        pictures = {i: f.reformat(size, size, "rgb24", threads=1).to_ndarray() for i, f in frames.items()}
-    return np.stack([pictures[i] for i in wanted])
+    if missing := [i for i in wanted if i not in frames]:
+        raise BadClip(f"{path.name}: broken, frame {missing[0]} of {len(packets)} cannot be decoded")
+    return [frames[i] for i in wanted]
 
 
 def decode(stream, packets, wanted, trust_times=True):
@@ -178,14 +253,13 @@ def decode(stream, packets, wanted, trust_times=True):
     A keyframe is a safe place to begin at when all packets before it are shown before it, and all after it
     later: then the first frame out of the decoder is the keyframe's own number. (AVI stores no such times.)
     """
-    times = [p.pts for p in packets] if trust_times else [None]
-    starts = [0]
-    if None not in times:
+    times, starts = [p.pts for p in packets], [0]
+    if trust_times and None not in times:
         before = np.maximum.accumulate([-(2**62), *times[:-1]])
         after = np.minimum.accumulate([2**62, *times[:0:-1]])[::-1]
         starts += [k for k in range(1, len(times)) if packets[k].is_keyframe and before[k] < times[k] < after[k]]
     codec, frames, shown, fed = stream.codec_context, {}, 0, 0
-    codec.thread_count = 1  # the clips are what runs in parallel
+    codec.thread_count = 1  # it is the clips that are read in parallel
     for i in sorted(set(wanted)):
         start = max(s for s in starts if s <= i)
         if start > fed:
@@ -206,13 +280,13 @@ def read_sound(path, rate=16000):
         if not container.streams.audio:
             raise BadClip(f"{path.name}: no sound")
         codec = container.streams.audio[0].codec_context
-        if (codec.rate, codec.channels, codec.format.name) == (rate, 1, "s16"):  # as it should be: nothing to resample
+        if (codec.rate, codec.channels, codec.format.name) == (rate, 1, "s16"):  # nothing to resample
             chunks = [frame.to_ndarray()[0] / np.float32(32768) for frame in container.decode(audio=0)]
         else:
             resample = av.AudioResampler(format="flt", layout="mono", rate=rate).resample
             chunks = [f.to_ndarray()[0] for frame in container.decode(audio=0) for f in resample(frame)]
             chunks += [f.to_ndarray()[0] for f in resample(None)]
-    if sum(map(len, chunks)) < 400:  # one window of 25 ms
+    if sum(map(len, chunks)) < 400:  # less than one window of 25 ms
         raise BadClip(f"{path.name}: no sound")
     return np.concatenate(chunks)
 
@@ -220,43 +294,50 @@ def read_sound(path, rate=16000):
 def fbank(sound, spec, rate=16000):
     """Kaldi's log-mel filter banks as the official code takes them: (1, bins, frames) float16.
 
-    Mean removed, Hanning window of 25 ms every `shift` ms, no dither; cut or padded with zeros to
-    `seconds`. (D&R's and AST's code pad before they normalise: zero is a loud value, and it is theirs.)
+    Mean removed, a Hanning window of 25 ms every `shift` ms, no dither; cut, or padded with zeros before
+    normalising, as the official code does.
     """
     wave = torch.from_numpy(sound - sound.mean())[None]  # (1, samples)
     mel = kaldi.fbank(wave, sample_frequency=rate, num_mel_bins=spec["bins"], frame_shift=spec["shift"],
                       window_type="hanning", htk_compat=True, use_energy=False, dither=0.0)  # fmt: skip
     frames = spec["shape"][-1]
-    mel = torch.nn.functional.pad(mel[:frames], (0, 0, 0, max(0, frames - len(mel))))
+    mel = F.pad(mel[:frames], (0, 0, 0, max(0, frames - len(mel))))  # (frames, bins)
     return mel.T[None].half().numpy()
 
 
 def open_media(path):
-    """Open a file with FFmpeg; what is missing, empty or a git-lfs stub is a bad clip with a plain reason."""
+    """Open a file with FFmpeg; one that is missing or a git-lfs stub is a bad clip, with a plain reason."""
     if not path.exists():
         raise BadClip(f"{path.parent.name}/{path.name}: missing")
     if is_stub(path):
-        raise BadClip(f"{path.name}: git-lfs stub, never fetched")
-    return av.open(str(path))
+        raise BadClip(f"{path.name}: a git-lfs stub, never fetched")
+    # FFmpeg would probe a WAV for coded sound in disguise, which takes ten times as long as reading it
+    return av.open(str(path), options={"probesize": "4096"} if path.suffix == ".wav" else {})
 
 
 def is_stub(path):
-    """Whether a file is git-lfs's placeholder: what a clone without git-lfs holds instead of media."""
+    """Whether a file is git-lfs's placeholder: what a clone without git-lfs holds in place of media."""
     with open(path, "rb") as file:
         return file.read(40).startswith(b"version https://git-lfs.github.com/spec")
 
 
-READERS = {"frames": read_frames, "fbank": lambda path, spec: fbank(read_sound(path), spec)}
+READERS = {"frames": read_frames, "flow": read_flow, "fbank": lambda path, spec: fbank(read_sound(path), spec)}
 
 
-def frames_spec(count, size, **more):
-    """How pictures are kept; normalised with ImageNet's mean and deviation, in units of 0..255."""
-    return {"kind": "frames", "count": count, "size": size, "shape": [count, size, size, 3], "dtype": "uint8",
-            "mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], **more}  # fmt: skip
+# How each kind is kept, and the constants with which `cut` normalises it.
 
 
-def fbank_spec(bins, seconds, shift=10.0):
-    """How sound is kept; normalised as the official code does, (x + 4.503877) / (2 * 5.141276)."""
+def frames_spec(count, size, keep=1, **more):  # ImageNet's mean and deviation, in units of 0..255
+    return {"kind": "frames", "count": count, "keep": keep, "size": size, "shape": [count * keep, size, size, 3],
+            "dtype": "uint8", "mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], **more}  # fmt: skip
+
+
+def flow_spec(count, size, keep=1):
+    return {"kind": "flow", "count": count, "keep": keep, "size": size, "shape": [count * keep, size, size, 2],
+            "dtype": "uint8", "mean": 128.0, "std": 32.0}  # fmt: skip
+
+
+def fbank_spec(bins, seconds, shift=10.0):  # the official code's (x + 4.503877) / (2 * 5.141276)
     return {"kind": "fbank", "bins": bins, "shift": shift, "shape": [1, bins, round(seconds * 1000 / shift)],
             "dtype": "float16", "mean": -4.503877, "std": 2 * 5.141276}  # fmt: skip
 
@@ -268,7 +349,7 @@ def fbank_spec(bins, seconds, shift=10.0):
 
 @dataclass
 class Clip:
-    """One sample before it is prepared: where its files are, what it shows, which split it is in."""
+    """One sample before it is prepared: what it shows, which split it is in, and where its files are."""
 
     id: str
     label: int
@@ -276,69 +357,73 @@ class Clip:
     files: dict  # {modality: path}
 
 
+def hold_out(items, labels, n, seed=0):
+    """n of the items at random, every class in its share -> a set."""
+    rng, place = np.random.default_rng(seed), {}
+    for c in sorted(set(labels)):
+        mine = rng.permutation(sorted(i for i, label in zip(items, labels) if label == c)).tolist()
+        place |= {item: (k + 0.5) / len(mine) for k, item in enumerate(mine)}  # 0 to 1 within its class
+    return set(sorted(items, key=lambda i: (place[i], i))[:n])
+
+
 EMOTIONS = ["ANG", "DIS", "FEA", "HAP", "NEU", "SAD"]
 
 
-
-def cremad(raw, frames=2, size=224, seconds=3.0, split="clips", split_dir=None):
+def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, split="clips", split_dir=None):
     """CREMA-D: 7,442 clips, 91 actors, six emotions -> (clips, classes, specs).
 
-    split "clips" is random over clips and stratified, 80 / 10 / 10, as in the paper: every actor is in
-    all three. "actors" holds out whole actors. `split_dir` holds my_train.csv (or train.csv), val.csv and
+    split "clips" draws 80 / 10 / 10 per cent at random over clips, as in the paper: every actor is in all
+    three. "actors" holds out whole actors. `split_dir` holds my_train.csv (or train.csv), val.csv and
     test.csv with lines `id,EMO` instead.
     """
-    name = re.compile(r"\d{4}_[A-Z]{3}_([A-Z]{3})_[A-Z]{2}")
+    name = re.compile(rf"\d{{4}}_[A-Z]{{3}}_({'|'.join(EMOTIONS)})_[A-Z]{{2}}")
     stems = {p.stem for kind in ("VideoFlash/*.flv", "AudioWAV/*.wav") for p in raw.glob(kind)}
-    ids = sorted(s for s in stems if (m := name.fullmatch(s)) and m[1] in EMOTIONS)
+    ids = sorted(filter(name.fullmatch, stems))
     if not ids:
-        raise DataError(f"{raw} holds no CREMA-D: expected VideoFlash/<id>.flv and AudioWAV/<id>.wav")
-    if split_dir:
-        splits = read_splits(Path(split_dir), ids)
-    else:
-        splits = draw_splits(ids, round(0.1 * len(ids)), round(0.1 * len(ids)), by_actor=split == "actors")
+        raise DataError(f"{raw} is no CREMA-D: it holds no VideoFlash/<id>.flv and no AudioWAV/<id>.wav")
+    if split not in ("clips", "actors"):
+        raise DataError(f"--split is clips or actors, not {split}")
+    where = read_splits(Path(split_dir), set(ids)) if split_dir else draw_splits(ids, 0.1, 0.1, split == "actors")
     clips = [
         Clip(i, EMOTIONS.index(i[9:12]), s,
              {"audio": raw / "AudioWAV" / f"{i}.wav", "visual": raw / "VideoFlash" / f"{i}.flv"})
-        for s in ("train", "val", "test") for i in splits[s]
+        for i, s in where.items()
     ]  # fmt: skip
-    # one clip of the real set runs on for a minute after a sentence of three seconds
-    return clips, EMOTIONS, {"audio": fbank_spec(128, seconds), "visual": frames_spec(frames, size, longest=10)}
+    # one clip of the real set goes on for a minute after a sentence of three seconds
+    return clips, EMOTIONS, {"audio": fbank_spec(128, seconds), "visual": frames_spec(frames, size, keep, longest=10)}
 
 
-def draw_splits(ids, n_val, n_test, by_actor=False, seed=0):
-    """{split: ids}: validation and test drawn at random, with the emotions in equal shares or by whole actors."""
-    if by_actor:
-        actors = np.random.default_rng(seed).permutation(sorted({i[:4] for i in ids}))
-        test = round(n_test / len(ids) * len(actors))
-        val = test + round(n_val / len(ids) * len(actors))
-        where = {a: "test" if k < test else "val" if k < val else "train" for k, a in enumerate(actors)}
-        return {s: [i for i in ids if where[i[:4]] == s] for s in ("train", "val", "test")}
-    draw = partial(train_test_split, random_state=seed)
-    rest, test = draw(ids, test_size=n_test, stratify=[i[9:12] for i in ids])
-    train, val = draw(rest, test_size=n_val, stratify=[i[9:12] for i in rest])
-    return {"train": sorted(train), "val": sorted(val), "test": sorted(test)}
+def draw_splits(ids, val, test, by_actor=False):
+    """{id: split}: shares of CREMA-D's clips held out at random, emotions in their shares, or by whole actors."""
+    items = sorted({i[:4] for i in ids}) if by_actor else list(ids)
+    kind = lambda items: [0 if by_actor else i[9:12] for i in items]  # noqa: E731
+    tested = hold_out(items, kind(items), round(test * len(items)))
+    rest = [i for i in items if i not in tested]
+    chosen = hold_out(rest, kind(rest), round(val * len(items)))
+    part = lambda i: "test" if i in tested else "val" if i in chosen else "train"  # noqa: E731
+    return {i: part(i[:4] if by_actor else i) for i in ids}
 
 
-def read_splits(folder, ids):
-    """{split: ids} from CREMA-D's circulating split files; a wrong id, label or overlap is an error."""
-    known, splits, seen = set(ids), {}, {}
-    for split in ("train", "val", "test"):
-        names = ["my_train.csv", "train.csv"] if split == "train" else [f"{split}.csv"]
+def read_splits(folder, known):
+    """{id: split} from CREMA-D's circulating split files; an unknown id, a wrong label or an overlap is an error."""
+    where = {}
+    for split, names in (("train", ["my_train.csv", "train.csv"]), ("val", ["val.csv"]), ("test", ["test.csv"])):
         path = next((folder / n for n in names if (folder / n).exists()), None)
         if path is None:
             raise DataError(f"{folder} has no {names[0]}: it takes my_train.csv (or train.csv), val.csv and test.csv")
         rows = [line.strip().split(",") for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-        rows = rows[1:] if rows[0][-1] not in EMOTIONS else rows  # some files have a header line
         for number, row in enumerate(rows, 1):
+            if number == 1 and row[-1] not in EMOTIONS:
+                continue  # some of these files have a header line
+            at = f"{path}, line {number}: {row[0]}"
             if row[0] not in known:
-                raise DataError(f"{path}, clip {number}: {row[0]} is not among the raw files")
+                raise DataError(f"{at} is not among the raw files")
             if row[-1] != row[0][9:12]:
-                raise DataError(f"{path}, clip {number}: {row[0]} is labelled {row[-1]}, its name says {row[0][9:12]}")
-            if row[0] in seen:
-                raise DataError(f"{path}, clip {number}: {row[0]} is in {seen[row[0]]} already")
-            seen[row[0]] = path.name
-        splits[split] = [row[0] for row in rows]
-    return splits
+                raise DataError(f"{at} is labelled {row[-1]}, but its name says {row[0][9:12]}")
+            if row[0] in where:
+                raise DataError(f"{at} is in the {where[row[0]]} split already")
+            where[row[0]] = split
+    return where
 
 
 def demo(raw, clips=2300, seed=0):
@@ -346,44 +431,129 @@ def demo(raw, clips=2300, seed=0):
 
     1,200 / 300 / 800 clips at the default size; one frame of 48 x 48 pixels, 48 mel bands, 1.2 s.
     """
-    make_demo(raw, clips, seed)
-    ids = sorted(p.stem for p in (raw / "AudioWAV").glob("*.wav"))
-    splits = draw_splits(ids, clips * 300 // 2300, clips * 800 // 2300)
+    where = draw_splits(make_demo(raw, clips, seed), 300 / 2300, 800 / 2300)
     listed, classes, _ = cremad(raw)
-    where = {i: s for s in splits for i in splits[s]}
-    for clip in listed:
-        clip.split = where[clip.id]
+    listed = [Clip(c.id, c.label, where[c.id], c.files) for c in listed if c.id in where]
     return listed, classes, {"audio": fbank_spec(48, 1.2, shift=25.0), "visual": frames_spec(1, 48)}
 
 
-LISTERS = {"cremad": cremad, "demo": demo}
+KINETICS_SOUNDS = """blowing nose, blowing out candles, bowling, chopping wood, dribbling basketball, laughing, mowing lawn,
+playing accordion, playing bagpipes, playing bass guitar, playing clarinet, playing drums, playing guitar,
+playing harmonica, playing keyboard, playing organ, playing piano, playing saxophone, playing trombone,
+playing trumpet, playing violin, playing xylophone, ripping paper, shoveling snow, shuffling cards, singing,
+stomping grapes, tap dancing, tapping guitar, tapping pen, tickling""".replace("\n", " ").split(", ")
 
-SOURCES = {
-    "cremad": "CREMA-D, 7.5 GB, with git-lfs:\n  git lfs install\n  git clone https://github.com/CheyneyComputerScience/CREMA-D",
-    "mosi": "CMU-MOSI features, one pickle: aligned_50.pkl or unaligned_50.pkl (MMSA,\n"
-            "  https://github.com/thuiar/MMSA) or mosi_raw.pkl (MultiBench, https://github.com/pliang279/MultiBench)",
+
+def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, split_dir=None):
+    """Kinetics-Sounds: the clips of 31 classes out of Kinetics-400 -> (clips, classes, specs).
+
+    `raw` holds train/ and val/, either with a folder a class, or flat beside train.csv and val.csv (label,
+    youtube_id, time_start, ...). `split_dir` holds train.txt and test.txt with lines <youtube id>_<start>...,
+    <seconds>,<label> instead. Test is the validation folder, validation a tenth of train.
+    """
+    pattern = re.compile(r"(.{11})_(\d+)(?:_\d+)?")  # a YouTube id has 11 characters; then the start in seconds
+    key = lambda stem: (m[1], int(m[2])) if (m := pattern.fullmatch(stem)) else None  # noqa: E731
+    found = {key(p.stem): p for p in sorted(raw.rglob("*")) if p.suffix in (".mp4", ".mkv", ".webm")}
+    label = {name: k for k, name in enumerate(KINETICS_SOUNDS)}
+    wanted = []  # (train or test, key, label)
+    for split, part in (("train", "train"), ("test", "val")):
+        table = next((p for p in (raw / f"{part}.csv", raw / "annotations" / f"{part}.csv") if p.exists()), None)
+        if split_dir:
+            lines = [line.rsplit(",", 2) for line in (Path(split_dir) / f"{split}.txt").read_text().split()]
+            wanted += [(split, key(stem), int(k)) for stem, _, k in lines]
+        elif table:
+            with open(table, newline="") as file:
+                wanted += [(split, (row["youtube_id"], int(row["time_start"])), label[row["label"]])
+                           for row in csv.DictReader(file) if row["label"] in label]  # fmt: skip
+        else:
+            classes = {p: label.get(p.parent.name.replace("_", " ")) for p in found.values() if part in p.parts}
+            wanted += [(split, key(p.stem), k) for p, k in classes.items() if k is not None]
+    if not any(k in found for _, k, _ in wanted):
+        raise DataError(f"{raw} holds no clip of Kinetics-Sounds: it takes train/<class>/<id>_<start>_<end>.mp4 and val/..., "
+                        "or flat folders beside train.csv and val.csv, or --split-dir")  # fmt: skip
+    train = [k for s, k, _ in wanted if s == "train"]
+    chosen = hold_out(["%s_%06d" % k for k in train], [c for s, _, c in wanted if s == "train"], round(0.1 * len(train)))
+    clips = {}
+    for split, k, c in wanted:
+        i = "%s_%06d" % k
+        path = found.get(k, raw / f"{i}.mp4")
+        clips[i] = Clip(i, c, "val" if i in chosen else split, {"audio": path, "visual": path})
+    return list(clips.values()), KINETICS_SOUNDS, {"audio": fbank_spec(128, seconds), "visual": frames_spec(frames, size, keep)}
+
+
+def ucf101(raw, frames=3, keep=1, size=224, fold=1):
+    """UCF-101: RGB and optical flow of 13,320 clips, 101 classes -> (clips, classes, specs).
+
+    `raw` holds, at any depth, the class folders and ucfTrainTestlist/; flow comes from folders
+    u/<clip>/*.jpg and v/<clip>/*.jpg if there are any, else it is computed. Validation is a tenth of the
+    training groups: the clips of a group are cut from one video.
+    """
+    lists = next(iter(raw.rglob(f"trainlist{fold:02d}.txt")), None)
+    if lists is None:
+        raise DataError(f"{raw} holds no trainlist{fold:02d}.txt: get UCF101TrainTestSplits-RecognitionTask.zip as well")
+    classes = [line.split()[1] for line in (lists.parent / "classInd.txt").read_text().splitlines() if line.strip()]
+    # the lists write HandStandPushups where the files say HandstandPushups: names are compared in lower case
+    found = {p.stem.lower(): p for p in raw.rglob("*.avi")}
+    u = next((p for p in raw.rglob("u") if p.is_dir() and (p.parent / "v").is_dir()), None)
+    flow = {p.name.lower(): p for p in u.iterdir()} if u else {}
+    clips = []
+    for split in "train", "test":
+        names = [line.split()[0] for line in (lists.parent / f"{split}list{fold:02d}.txt").read_text().splitlines() if line.strip()]
+        groups = {n: n.rsplit("_", 1)[0] for n in names}  # Class/v_Class_gNN
+        unique = sorted(set(groups.values()))
+        chosen = hold_out(unique, [g.split("/")[0] for g in unique], round(0.1 * len(unique))) if split == "train" else ()
+        for n in names:
+            stem = Path(n).stem
+            video = found.get(stem.lower(), raw / n)
+            folder = flow.get(stem.lower())
+            files = {"flow": (folder, u.parent / "v" / folder.name) if folder else video, "visual": video}
+            clips.append(Clip(stem, classes.index(n.split("/")[0]), "val" if groups[n] in chosen else split, files))
+    return clips, classes, {"flow": flow_spec(frames, size, keep), "visual": frames_spec(frames, size, keep)}
+
+
+LISTERS = {"demo": demo, "cremad": cremad, "kinetics": kinetics, "ucf101": ucf101}
+OPTIONS = {  # what the listers' arguments mean, for --help
+    "frames": "frames a clip, at the middles of equal segments",
+    "keep": "frames kept of each segment, for --augment to draw from; odd, so that one is the middle",
+    "size": "pixels of a side",
+    "seconds": "length of the sound; 10.24 gives the official code's 1,024 frames",
+    "split": "clips: at random over clips; actors: whole actors held out",
+    "split_dir": "folder of the split lists that circulate",
+    "fold": "which of the three official splits",
+    "clips": "how many clips are drawn",
+    "seed": "of the drawing",
+}
+SOURCES = {  # name: (what to get, what it is then called)
+    "cremad": ("CREMA-D, 7.5 GB; it needs git-lfs:\n     git lfs install\n"
+               "     git clone https://github.com/CheyneyComputerScience/CREMA-D", "CREMA-D"),
+    "kinetics": ("Kinetics-400, or its 31 classes of Kinetics-Sounds:\n"
+                 "     https://github.com/cvdfoundation/kinetics-dataset", "kinetics400"),
+    "ucf101": ("UCF-101, 6.5 GB, and its split lists, unpacked into one folder:\n"
+               "     https://www.crcv.ucf.edu/data/UCF101.php", "UCF101"),
+    "mosi": ("CMU-MOSI as one pickle: aligned_50.pkl of https://github.com/thuiar/MMSA,\n"
+             "     or mosi_raw.pkl of https://github.com/pliang279/MultiBench", "aligned_50.pkl"),
 }  # fmt: skip
-RAW_NAMES = {"cremad": "CREMA-D", "mosi": "aligned_50.pkl"}
 
 
 def how_to_get(name, folder):
     """What to do when a prepared dataset is not there."""
     if name not in SOURCES:
-        return f"there is no dataset {name}; there are demo, {', '.join(SOURCES)}"
+        return f"{folder} holds no manifest.json: make it with  python data.py {name}"
+    what, raw = SOURCES[name]
     out = "" if folder.parent == Path("prepared") else f" --out {folder.parent}"
-    return (f"{name} is not prepared: {folder} holds no manifest.json.\n1. Get {SOURCES[name]}\n"
-            f"2. Prepare it:  python data.py {name} --raw {RAW_NAMES[name]}{out}\n"
+    return (f"{name} is not prepared: {folder} holds no manifest.json\n  1. Get {what}\n"
+            f"  2. Prepare it:  python data.py {name} --raw {raw}{out}\n"
             f"Or see the method at work now:  python dr.py --dataset demo")  # fmt: skip
 
 
 class PlainUnpickler(pickle.Unpickler):
     """Unpickles containers, strings, numbers and NumPy arrays, and nothing that could run code."""
 
-    ALLOWED = {
-        ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("collections", "OrderedDict"),
-        *((f"numpy.{core}.multiarray", f) for core in ("core", "_core") for f in ("_reconstruct", "scalar")),
-        *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-    }  # fmt: skip
+    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("collections", "OrderedDict")} | {
+        (f"numpy.{core}.{module}", name)
+        for core in ("core", "_core")
+        for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
+    }
 
     def find_class(self, module, name):
         if (module, name) not in self.ALLOWED:
@@ -391,69 +561,63 @@ class PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def prepare_mosi(raw, out):
+def prepare_mosi(raw, out="prepared"):
     """CMU-MOSI from one pickle in MMSA's or MultiBench's layout: text, audio and vision as (N, T, D).
 
-    Values that are not finite become the mean, every feature is standardised with the training set's
-    statistics over what is not padding, and padding is exactly 0. Two classes: sentiment < 0, and >= 0.
+    What is not finite becomes the mean; every feature is standardised with the training set's statistics
+    over what is not padding; padding is exactly 0. Two classes: sentiment < 0, and >= 0.
     """
+    folder, specs, ids = Path(out) / "mosi", {}, {}
+    if not raw.is_file():
+        raise DataError(f"--raw {raw}: no such file")
     try:
         with open(raw, "rb") as file:
             pickled = PlainUnpickler(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError) as error:
-        hint = "a git-lfs stub: run `git lfs pull`" if is_stub(raw) else f"not a whole pickle ({error})"
+    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, KeyError, TypeError) as error:
+        hint = "a git-lfs stub: run `git lfs pull`" if is_stub(raw) else f"no whole pickle ({error})"
         raise DataError(f"{raw} cannot be read: it is {hint}") from None
-    splits = {"train": "train", "val": "valid", "test": "test"}
-    modalities = ("text", "audio", "vision")
     try:
-        raw_arrays = {s: {m: np.asarray(pickled[key][m], np.float32) for m in modalities} for s, key in splits.items()}
-        labels = {s: np.asarray(next(pickled[key][k] for k in ("regression_labels", "labels") if k in pickled[key]),
-                                np.float32).reshape(-1) for s, key in splits.items()}  # fmt: skip
-        ids = {s: [str(i) for i in np.asarray(pickled[key]["id"]).reshape(len(labels[s]), -1)[:, 0]]
-               for s, key in splits.items()}  # fmt: skip
-    except (KeyError, TypeError, StopIteration, ValueError) as error:
-        raise DataError(f"{raw} is not laid out as MMSA's or MultiBench's CMU-MOSI: {error!r}; expected "
-                        "{'train' | 'valid' | 'test': {'text', 'audio', 'vision', 'id', 'regression_labels' or 'labels'}}"
-                        ) from None  # fmt: skip
-    folder = Path(out) / "mosi"
-    specs = {}
-    for m in modalities:
-        present = {s: ~padding(raw_arrays[s][m], m, pickled[splits[s]]) for s in splits}  # (N, T)
-        values = np.where(np.isfinite(raw_arrays["train"][m]), raw_arrays["train"][m], np.nan)[present["train"]]
-        mean, std = np.nanmean(values, 0), np.nanstd(values, 0)  # (D,)
-        for s in splits:
-            x = (raw_arrays[s][m] - mean) / np.where(std > 1e-6, std, 1)
-            x = np.where(np.isfinite(x), x, 0) * present[s][..., None]
+        parts = {"train": pickled["train"], "val": pickled["valid"], "test": pickled["test"]}
+        features = {m: {s: np.asarray(p[m], np.float32) for s, p in parts.items()} for m in ("text", "audio", "vision")}
+        labels = {s: np.asarray(p["regression_labels"] if "regression_labels" in p else p["labels"], np.float32)
+                  .reshape(len(p["text"]), -1)[:, 0] for s, p in parts.items()}  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{raw} is not laid out as MMSA's or MultiBench's CMU-MOSI: {error!r}") from None
+    for m, x in features.items():
+        present = {s: ~padding(x[s], m, p) for s, p in parts.items()}  # (N, T)
+        known = np.where(np.isfinite(x["train"]), x["train"], np.nan)[present["train"]]
+        mean, std = np.nanmean(known, 0), np.nanstd(known, 0)  # (D,)
+        for s in parts:
             (folder / s).mkdir(parents=True, exist_ok=True)
-            np.save(folder / s / f"{m}.npy", x.astype(np.float32))
-        specs[m] = {"kind": "sequence", "shape": list(raw_arrays["train"][m].shape[1:]), "dtype": "float32"}
-    for s in splits:
+            z = (x[s] - mean) / np.where(std > 1e-6, std, 1)
+            np.save(folder / s / f"{m}.npy", np.float32(np.where(np.isfinite(z) & present[s][..., None], z, 0)))
+        specs[m] = {"kind": "sequence", "shape": list(x["train"].shape[1:]), "dtype": "float32"}
+    for s, p in parts.items():
         if not np.isfinite(labels[s]).all():
             raise DataError(f"{raw}: a label of {s} is not a number")
-        np.save(folder / s / "labels.npy", (labels[s] >= 0).astype(np.int64))
-    write_json(folder / "manifest.json", {
-        "dataset": "mosi", "options": {"raw": Path(raw).name}, "classes": ["negative", "non-negative"],
-        "modalities": specs, "splits": ids, "skipped": [],
-    })  # fmt: skip
+        np.save(folder / s / "labels.npy", np.int64(labels[s] >= 0))
+        ids[s] = [str(i) for i in np.asarray(p.get("id", range(len(labels[s])))).reshape(len(labels[s]), -1)[:, 0]]
+    write_json(folder / "manifest.json", {"dataset": "mosi", "options": {"raw": raw.name}, "modalities": specs,
+               "classes": ["negative", "non-negative"], "splits": ids, "skipped": []})  # fmt: skip
     return folder
 
 
-def padding(x, modality, pickled):
+def padding(x, modality, part):
     """Which steps of (N, T, D) are padding, (N, T) bool: by the pickle's lengths if it has them, else all-zero rows."""
-    steps = np.arange(x.shape[1])
-    if f"{modality}_lengths" in pickled:
-        return steps[None] >= np.asarray(pickled[f"{modality}_lengths"]).reshape(-1, 1)
-    if modality == "text" and np.ndim(pickled.get("text_bert")) == 3:  # (N, 3, T): ids, mask, segments
-        return np.asarray(pickled["text_bert"])[:, 1] == 0
+    if f"{modality}_lengths" in part:
+        return np.arange(x.shape[1]) >= np.asarray(part[f"{modality}_lengths"]).reshape(-1, 1)
+    if modality == "text" and np.ndim(part.get("text_bert")) == 3:  # (N, 3, T): ids, mask, segments
+        return np.asarray(part["text_bert"])[:, 1] == 0
     return (x == 0).all(-1)
+
 
 # ---------------------------------------------------------------------------------------------------
 # 4  The demo: a miniature CREMA-D of cartoon actors with babbling voices, in the layout of the real one
 # ---------------------------------------------------------------------------------------------------
 
-FACE_SPREAD = 0.2  # scatter of the faces of one emotion: the larger, the harder the picture
-VOICE_SPREAD = 0.5  # scatter of the voices of one emotion: the larger, the harder the sound
-ROOM_TONES = 2.0  # loudness of what hums in the room, different in every clip: easily learnt by heart
+FACE_SPREAD = 0.24  # scatter of the faces of one emotion: the larger, the harder the picture
+VOICE_SPREAD = 0.32  # scatter of the voices of one emotion: the larger, the harder the sound
+ROOM_TONES = 4.0  # loudness of what hums in the room, different in every clip: easily learnt by heart
 SIZE, FPS, SECONDS, RATE = 96, 10, 1.2, 16_000
 MP3_RATE = 11_025  # the lowest rate that Flash takes: encoding MP3 is what costs most of the time
 ACTORS = range(1001, 1049)
@@ -487,6 +651,7 @@ BLACK, WHITE, BLUSH, SHADOW = (16, 12, 12), (250, 250, 248), (200, 60, 60), (90,
 CIRCLE, LINE = np.exp(2j * np.pi * np.arange(32) / 32), np.linspace(-1, 1, 15)
 BEND = 1 - LINE**2
 
+
 def draw_actor(seed, number):
     """The looks and the voice of one actor, the same in every clip."""
     rng = np.random.default_rng([seed, 10_000 + number])
@@ -496,16 +661,19 @@ def draw_actor(seed, number):
         skin=SKINS[skin], hair=pick(HAIRS[: 7 - skin]), iris=pick(IRISES), clothes=pick(CLOTHES),
         wall=pick(WALLS), style=pick(list(STYLES)), width=rng.uniform(0.76, 0.9), jaw=rng.uniform(0, 0.14),
         gap=rng.uniform(0.31, 0.36), nose=rng.uniform(0.09, 0.14), part=rng.uniform(-0.2, 0.2),
-        light=rng.uniform(0.82, 1), size=rng.uniform(62, 70), tilt=rng.normal(0, 0.04), place=rng.normal(0, 3, 2),
+        light=rng.uniform(0.82, 1), size=rng.uniform(46, 54), tilt=rng.normal(0, 0.04), place=rng.normal(0, 3, 2),
         rest=rng.normal(0, 0.15, 6), pitch=pitch * 2 ** rng.normal(0, 0.12),
         formants=formants * 2 ** rng.normal(0, 0.05), loud=rng.normal(0, 2), bright=rng.normal(0, 0.4),
     )  # fmt: skip
 
+
 def mix(colour, other, part):
     return tuple(int((1 - part) * a + part * b) for a, b in zip(colour, other))
 
+
 def oval(centre, width, height):
     return centre + width * CIRCLE.real + 1j * height * CIRCLE.imag
+
 
 def draw_face(paint, look, expression):
     """All but the mouth; paint(colour, z) fills the outline z = x + iy, y down, where the head is 2 high."""
@@ -538,6 +706,7 @@ def draw_face(paint, look, expression):
     paint(shadow, oval(0.2j, look["nose"], 0.07))
     paint(mix(skin, WHITE, 0.06), oval(0.165j, 0.9 * look["nose"], 0.075))
 
+
 def draw_mouth(paint, look, expression, talk):
     """talk, 0 to 1: how far the syllable opens the mouth."""
     curve, opening, skew = expression[[0, 1, 4]]
@@ -548,6 +717,7 @@ def draw_mouth(paint, look, expression, talk):
     paint((70, 18, 26), top, top + gap)
     paint((206, 92, 96), top + 0.65 * gap, top + gap)  # tongue
     paint(WHITE, top, top + 1j * np.clip(gap.imag - 0.05, 0, 0.08))  # teeth
+
 
 def act(look, expression, talk, rng):
     """expression (6,), talk (12,) -> 12 pictures (96, 96, 3) uint8, painted at twice the size."""
@@ -568,11 +738,13 @@ def act(look, expression, talk, rng):
         pictures[opening] = np.asarray(image.reduce(2))
     return [pictures[opening] for opening in talk]
 
+
 def resonate(sound, formants):
     """Two-pole resonances in a row: y[t] = (1 - b - c) x[t] + b y[t-1] + c y[t-2]."""
     radius = np.exp(-np.pi * (60 + 0.05 * formants) / RATE)
     b, c, zero = 2 * radius * np.cos(2 * np.pi * formants / RATE), -(radius**2), 0 * formants
     return scipy.signal.sosfilt(np.stack([1 - b - c, zero, zero, zero + 1, -b, -c], axis=1), sound)
+
 
 def say(voice, sentence, tone, rng):
     """4 to 8 syllables; tone (7,) as in TABLE -> sound (19200,) in [-1, 1], talk (12,) in [0, 1]."""
@@ -600,6 +772,7 @@ def say(voice, sentence, tone, rng):
         sound += ROOM_TONES * 10 ** rng.uniform(-3, -2) * np.sin(2 * np.pi * hertz / RATE * np.arange(n))
     return np.clip(sound, -1, 1), talk.reshape(int(FPS * SECONDS), -1).mean(1)
 
+
 def film(path, pictures, sound):
     """pictures (96, 96, 3) uint8 each, sound (samples,) int16 -> a Flash video: Sorenson H.263 and MP3."""
     heard = np.int16(np.interp(np.arange(0, len(sound), RATE / MP3_RATE), np.arange(len(sound)), sound))
@@ -613,6 +786,7 @@ def film(path, pictures, sound):
         for picture in pictures:
             packets += video.encode(av.VideoFrame.from_ndarray(picture, "rgb24"))
         movie.mux(packets + video.encode())
+
 
 def perform(raw, seed, index, name):
     """Write one clip of the demo, from random numbers of its own."""
@@ -631,8 +805,9 @@ def perform(raw, seed, index, name):
     for path in wav, flv:
         os.replace(path + ".part", path)  # a kill leaves no half file under the final name
 
+
 def make_demo(raw, clips=2300, seed=0):
-    """Draw and synthesise the clips (3,456 at most), the emotions in turn; clip i depends on nothing but seed and i."""
+    """Draw and synthesise the clips (3,456 at most), the emotions in turn; clip i depends on seed and i alone -> ids."""
     rng, drawn = np.random.default_rng(seed), []
     for emotion in TABLE:
         levels = ["XX"] if emotion == "NEU" else ["XX", *LEVELS]
@@ -645,6 +820,7 @@ def make_demo(raw, clips=2300, seed=0):
     with closing(in_parallel(perform, jobs)) as done:
         for _ in tqdm(done, "drawing the demo", len(jobs), unit=" clips", disable=None, ncols=78):
             pass
+    return names
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -652,32 +828,33 @@ def make_demo(raw, clips=2300, seed=0):
 # ---------------------------------------------------------------------------------------------------
 
 
-def prepare(name, raw=None, out="prepared", workers=None, max_bad=5.0, **options):
+def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **options):
     """Turn a raw download into `out`/`name`; `options` are the keyword arguments of the dataset's lister.
 
     Every clip has its row in arrays that are made at full size first; workers write rows in place, and a
-    journal says which are safely on disk. Stopped at any moment, the same call goes on; the arrays come out
-    the same byte for byte. Raises DataError for all that the user can mend, among it more than `max_bad` per
-    cent of clips that cannot be used. Returns the folder.
+    journal says which are safely on disk. Stopped at any moment, the same call goes on, and the arrays come
+    out the same byte for byte. Raises DataError for all that the user can mend, among it more than `max_bad`
+    per cent of clips that cannot be used (default 5; 50 for Kinetics, which withers). Returns the folder.
     """
     if name == "mosi":
         return prepare_mosi(Path(raw), out)
-    folder = Path(out) / name
-    lister = LISTERS[name]
+    folder, lister = Path(out) / name, LISTERS[name]
     defaults = {k: p.default for k, p in inspect.signature(lister).parameters.items() if k != "raw"}
     options = {**defaults, **{k: str(v) if isinstance(v, Path) else v for k, v in options.items()}}
-    for made in ("manifest.json", "plan.json"):
-        if (folder / made).exists() and (before := json.loads((folder / made).read_text())["options"]) != options:
-            changed = ", ".join(f"{k} {before.get(k)} -> {v}" for k, v in options.items() if before.get(k) != v)
+    for made in (folder / "manifest.json", folder / "plan.json"):
+        if made.exists() and (before := json.loads(made.read_text())["options"]) != options:
+            changed = ", ".join(f"{k} {before.get(k)}, now {v}" for k, v in options.items() if before.get(k) != v)
             raise DataError(f"{folder} was made with other parameters ({changed}): delete it, or give another --out")
     if (folder / "manifest.json").exists():
         return folder
     raw = Path(raw or folder / "raw")
     if name != "demo" and not raw.is_dir():
         raise DataError(f"--raw {raw}: no such folder")
-    folder.mkdir(parents=True, exist_ok=True)
     clips, classes, specs = lister(raw, **options)
-    refuse_stubs(clips, raw)
+    some = [p for c in clips[:: max(1, len(clips) // 20)] for p in c.files.values() if isinstance(p, Path) and p.is_file()]
+    if some and sum(map(is_stub, some)) > len(some) / 2:
+        raise DataError(f"{raw} holds git-lfs stubs in place of the media; fetch the files with\n"
+                        f"  git lfs install && git -C {raw} lfs pull")  # fmt: skip
 
     ids = {s: [c.id for c in clips if c.split == s] for s in ("train", "val", "test")}
     plan = {"dataset": name, "options": options, "classes": classes, "modalities": specs, "splits": ids}
@@ -686,12 +863,13 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=5.0, **options
     paths = make_arrays(folder, specs, ids)
     write_json(folder / "plan.json", plan)
     journal = folder / "journal.txt"
-    done = set(journal.read_text().splitlines()) if journal.exists() else set()
+    done = set(journal.read_text().split("\n")) if journal.exists() else set()
     row = {s: {i: r for r, i in enumerate(ids[s])} for s in ids}
-    todo = [(c, row[c.split][c.id]) for c in clips if f"{c.split} {row[c.split][c.id]}" not in done]
+    todo = [(c, r) for c in clips if f"{c.split} {(r := row[c.split][c.id])}" not in done]
 
     bad, safe, saved = [], [], time.monotonic()
-    progress = tqdm(total=len(clips), initial=len(done), unit=" clips", desc=name, disable=None, ncols=78)
+    allowed = (50 if name == "kinetics" else 5) if max_bad is None else max_bad
+    progress = tqdm(total=len(clips), initial=len(clips) - len(todo), unit=" clips", desc=name, disable=None, ncols=78)
     try:
         with progress, closing(in_parallel(partial(prepare_clip, folder, specs), todo, workers)) as results:
             for clip, r, reason in results:
@@ -700,21 +878,21 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=5.0, **options
                     bad.append([clip.split, clip.id, reason])
                 else:
                     safe.append(f"{clip.split} {r}")
-                if len(bad) > max_bad / 100 * len(clips):
-                    raise DataError(f"{len(bad)} of {len(clips):,} clips cannot be used, more than --max-bad {max_bad:g} "
-                                    f"per cent. The last: {reason}")  # fmt: skip
+                if len(bad) > allowed / 100 * len(clips):
+                    raise DataError(f"{len(bad)} of {len(clips):,} clips cannot be used, more than --max-bad {allowed:g} "
+                                    f"per cent; the last: {reason}")  # fmt: skip
                 if time.monotonic() - saved > 2:
                     save_journal(journal, safe, paths)
                     saved = time.monotonic()
     finally:
         save_journal(journal, safe, paths)
 
-    skipped = {(s, i) for s, i, _ in bad}
+    skipped = {i for _, i, _ in bad}
     for s in ids:
-        label = {c.id: -1 if (s, c.id) in skipped else c.label for c in clips if c.split == s}
-        np.save(folder / s / "labels.npy", np.array([label[i] for i in ids[s]], np.int64))
+        labels = [-1 if c.id in skipped else c.label for c in clips if c.split == s]
+        np.save(folder / s / "labels.npy", np.array(labels, np.int64))
     write_json(folder / "manifest.json", {**plan, "skipped": sorted(bad)})
-    journal.unlink()
+    journal.unlink(missing_ok=True)
     (folder / "plan.json").unlink()
     return folder
 
@@ -753,26 +931,24 @@ def prepare_clip(folder, specs, clip, row):
 
 
 def make_arrays(folder, specs, ids):
-    """Create what is not there yet, at full size, and see first that the disk holds it -> their paths."""
-    wanted = {folder / s / f"{m}.npy": (len(ids[s]), *spec["shape"]) for s in ids for m, spec in specs.items()}
-    dtypes = {f"{m}.npy": spec["dtype"] for m, spec in specs.items()}
-    size = sum(int(np.prod(shape)) * np.dtype(dtypes[p.name]).itemsize for p, shape in wanted.items())
-    have = sum(os.stat(p).st_blocks * 512 for p in wanted if p.exists()) if hasattr(os.stat_result, "st_blocks") else 0
-    free = shutil.disk_usage(folder).free
-    if size - have > free:
+    """Create the arrays that are not there yet at full size, once the disk is seen to hold them -> their paths."""
+    wanted = {folder / s / f"{m}.npy": (spec["dtype"], (len(ids[s]), *spec["shape"])) for s in ids for m, spec in specs.items()}
+    size = sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in wanted.values())
+    taken = sum(getattr(p.stat(), "st_blocks", 0) * 512 for p in wanted if p.exists())
+    folder.mkdir(parents=True, exist_ok=True)
+    if size - taken > (free := shutil.disk_usage(folder).free):
         raise DataError(f"{folder} will take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
-                        "give another --out, or a smaller --size or --frames")  # fmt: skip
-    for path, shape in wanted.items():
+                        "give another --out, or a smaller --size")  # fmt: skip
+    for path, (dtype, shape) in wanted.items():
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            fresh = path.with_suffix(".new")
-            np.lib.format.open_memmap(fresh, "w+", dtypes[path.name], shape)
-            os.replace(fresh, path)
+            np.lib.format.open_memmap(path.with_suffix(".new"), "w+", dtype, shape)
+            os.replace(path.with_suffix(".new"), path)
     return list(wanted)
 
 
 def save_journal(journal, safe, paths):
-    """Flush the arrays to the disk first, and only then say of the rows `safe` that they are there."""
+    """Flush the arrays to the disk first, and only then write down that the rows `safe` are there."""
     if not safe:
         return
     for path in paths:
@@ -785,19 +961,10 @@ def save_journal(journal, safe, paths):
     safe.clear()
 
 
-def refuse_stubs(clips, raw):
-    """A clone without git-lfs holds a text stub in place of every file: say so before reading thousands."""
-    some = [p for clip in clips[:: max(1, len(clips) // 20)] for p in clip.files.values() if p.is_file()]
-    if some and sum(map(is_stub, some)) > len(some) / 2:
-        raise DataError(f"{raw} holds git-lfs stubs, not media. Fetch the files with:\n"
-                        f"  git lfs install && git -C {raw} lfs pull")  # fmt: skip
-
-
 def write_json(path, content):
     """Write a JSON file so that it is there whole or not at all."""
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(content, indent=1))
-    os.replace(fresh, path)
+    path.with_suffix(".new").write_text(json.dumps(content, indent=1))
+    os.replace(path.with_suffix(".new"), path)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -805,31 +972,71 @@ def write_json(path, content):
 # ---------------------------------------------------------------------------------------------------
 
 
+def show(name, root="prepared", count=6):
+    """Draw some training clips as they were prepared: frames, flow as colour, spectrograms -> path of the picture."""
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import hsv_to_rgb
+
+    split, classes = (dataset := load(name, root)).train, dataset.classes
+    rng = np.random.default_rng(0)
+    picked = [rng.choice(np.flatnonzero(split.labels == c)) for c in rng.permutation(np.unique(split.labels))[:count]]
+    panels = [(m, t) for m, s in split.specs.items() for t in range(s["shape"][0] if s["kind"] in ("frames", "flow") else 1)]
+    figure, axes = plt.subplots(count, len(panels), figsize=(2.2 * len(panels), 2.1 * count), squeeze=False, layout="constrained")
+    for line, k in zip(axes, picked):
+        for axis, (m, t) in zip(line, panels):
+            x, kind = split.arrays[m][split.rows[k]], split.specs[m]["kind"]
+            if kind == "flow":  # direction as hue, speed as saturation: white stands still
+                u, v = np.moveaxis(x[t].astype(float) - 128, -1, 0)
+                hue, speed = np.arctan2(v, u) / (2 * np.pi) % 1, np.minimum(1, np.hypot(u, v) / 64)
+                axis.imshow(hsv_to_rgb(np.stack([hue, speed, np.ones_like(hue)], -1)))
+            elif kind == "frames":
+                axis.imshow(x[t])
+            else:
+                axis.imshow(x[0] if kind == "fbank" else x.T, origin="lower", aspect="auto", cmap="magma", interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"{m} {t + 1}" if len(x) > 1 and kind != "sequence" else m, fontsize=8)
+        line[0].set_ylabel(f"{classes[split.labels[k]]}\n{split.ids[k]}", fontsize=7)
+    path = Path(root) / name / "samples.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Prepare a dataset for dr.py.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="name", required=True, metavar="dataset")
-    for name in ("demo", *SOURCES):
-        p = commands.add_parser(name, help=(SOURCES.get(name) or "a miniature CREMA-D, drawn and synthesised").split(":")[0])
+    for name in (*LISTERS, "mosi"):
+        p = commands.add_parser(name, help=f"see: python data.py {name} --help", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p.add_argument("--out", type=Path, default=Path("prepared"), help=f"where the arrays go: OUT/{name}")
+        p.add_argument("--show", action="store_true", help="draw a page of what was prepared to OUT/%s/samples.png" % name)
         if name != "demo":
-            p.add_argument("--raw", type=Path, required=True, help="the download")
-        p.add_argument("--out", type=Path, default="prepared", help="where the arrays go: OUT/%s" % name)
+            p.add_argument("--raw", type=Path, help="the download")
         if name != "mosi":
-            p.add_argument("--workers", type=int, help="processes; default: one a core")
-        if name not in ("demo", "mosi"):
-            p.add_argument("--max-bad", type=float, default=5.0, help="stop if more than this per cent cannot be used")
+            p.add_argument("--workers", type=int, help="processes; None: one a core")
+            p.add_argument("--max-bad", type=float, help="stop if more than this per cent of clips cannot be used; None: 5, Kinetics 50")
+            for option, default in list(inspect.signature(LISTERS[name]).parameters.items())[1:]:
+                kind = str if default.default is None else type(default.default)
+                p.add_argument("--" + option.replace("_", "-"), type=kind, default=default.default, help=OPTIONS[option])
     args = vars(parser.parse_args())
+    name, out, drawn = args["name"], args["out"], args.pop("show")
     try:
+        if drawn:
+            print(show(name, out))
+            return
+        if name != "demo" and args["raw"] is None:
+            raise DataError(f"--raw is missing: the download. {how_to_get(name, out / name)}")
         folder = prepare(**args)
-    except DataError as error:
-        sys.exit(f"data.py: {error}")
+    except (DataError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     manifest = json.loads((folder / "manifest.json").read_text())
+    size = sum(p.stat().st_size for p in folder.glob("*/*.npy")) / 1e9
     counts = ", ".join(f"{len(ids):,} {s}" for s, ids in manifest["splits"].items())
-    print(f"{folder}: {counts} clips, {len(manifest['skipped'])} skipped")
+    print(f"{folder}: {counts} clips, {size:.2f} GB; {len(manifest['skipped'])} skipped")
     for split, clip, reason in manifest["skipped"]:
-        print(f"  skipped {clip} ({split}): {reason}")
+        print(f"  {clip} ({split}): {reason}")
 
 
 if __name__ == "__main__":

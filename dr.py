@@ -1,18 +1,21 @@
-"""Diagnosing & Re-learning for balanced multimodal learning (Wei, Li, Feng, Hu; ECCV 2024, arXiv 2407.09705).
+"""Diagnosing & Re-learning for balanced multimodal learning
+(Wei, Li, Feng, Hu; ECCV 2024, arXiv 2407.09705).
 
-A network that learns from several modalities at once leans on the one that is learnt first. Every H epochs
-D&R looks at each modality's encoder: k-means clusters its features of the training and of a validation set,
-and the gap g between the purities of the two is the encoder's learning state. Then every encoder is pulled
-back towards its initial weights, the further the larger its gap:
+A network that learns from several modalities at once leans on the one that it
+learns first. Every H epochs D&R looks at each modality's encoder: k-means
+clusters its features of the training and of a validation set, and the gap g
+between the purities of the two is the encoder's learning state. Then every
+encoder is pulled back towards its initial weights, the further the larger g:
 
     a = tanh(lambda * g)        theta <- (1 - a) * theta + a * theta_init
 
-    python dr.py                                   # D&R on the demo, which is drawn on the spot: no download
-    python dr.py --method joint                    # the same network, trained jointly and left alone
-    python dr.py --method joint --modalities audio # one modality alone
-    python dr.py --dataset cremad                  # after: python data.py cremad --raw CREMA-D
+    python dr.py                       D&R on the demo, drawn on the spot
+    python dr.py --method joint        the same network, trained and left alone
+    python dr.py --method joint --modalities audio       one modality alone
+    python dr.py --dataset cremad      after python data.py cremad --raw ...
 
-A run leaves config.json, log.jsonl, summary.json, best.pt and curves.png in runs/<name>/.
+A run leaves config.json, log.jsonl, summary.json, best.pt and curves.png in
+runs/<name>/.
 """
 
 import argparse
@@ -235,11 +238,13 @@ def soft_reinit(module, init_state, strength):
 # 6  Training and evaluating
 # ---------------------------------------------------------------------------------------------------
 
-# D&R's own settings are the official code's for CREMA-D; the paper uses them for its other video datasets too.
-VIDEO = dict(epochs=90, batch_size=64, lr=0.002, every=20, times=3)
+# CREMA-D's are the official code's; the paper trains its other video datasets alike.
+OFFICIAL = dict(epochs=90, batch_size=64, lr=0.002, every=20, times=3)
 PRESETS = {
-    "demo": dict(epochs=40, batch_size=32, lr=0.01, every=8, times=3),
-    "cremad": VIDEO,
+    "demo": dict(epochs=40, batch_size=64, lr=0.04, every=8, times=3),
+    "cremad": OFFICIAL,
+    "kinetics": OFFICIAL,
+    "ucf101": OFFICIAL,
     "mosi": dict(epochs=30, batch_size=32, lr=0.01, every=6, times=3),
 }
 
@@ -252,11 +257,12 @@ def flag(default, help, choices=None):
 class Config:
     """Everything that a run depends on; every field is a flag. What is None comes from the dataset's preset."""
 
-    dataset: str = flag("demo", "demo, cremad or mosi", list(PRESETS))
+    dataset: str = flag("demo", "what to train on", list(PRESETS))
     method: str = flag("dr", "dr: diagnose and re-learn; joint: diagnose only", ["dr", "joint"])
-    modalities: str = flag("", "which, such as visual or audio,visual; default: all")
+    modalities: str = flag("", "which, such as visual or audio,visual; all if not given")
     encoder: str = flag("auto", "of pictures and spectrograms; auto: by their size", ["auto", "resnet18", "small"])
     fusion: str = flag("concat", "how the features are joined", list(FUSIONS))
+    augment: bool = flag(False, "crops, flips and masks in training; the official code runs without")
     lam: float = flag(3.0, "lambda in a = tanh(lambda * gap)")
     every: int = flag(None, "H: diagnose after epochs H, 2H, ..., counted from 0")
     times: int = flag(None, "re-learn at most so many times")
@@ -270,7 +276,7 @@ class Config:
     device: str = flag("auto", "cpu, cuda or mps; auto: the best there is")
     data: str = flag("prepared", "folder of the prepared datasets")
     out: str = flag("runs", "folder of the runs")
-    name: str = flag("", "of the run; default: dataset-method-seed")
+    name: str = flag("", "of the run; made of dataset, method and seed if not given")
 
     def __post_init__(self):
         for f in fields(self):
@@ -280,14 +286,14 @@ class Config:
         for key, value in PRESETS[self.dataset].items():
             if getattr(self, key) is None:
                 setattr(self, key, value)
-        if min(self.every, self.epochs, self.batch_size, self.n_init) < 1:
-            raise ValueError("every, epochs, batch_size and n_init are 1 or more")
-        if self.lam < 0:
-            raise ValueError(f"lam is 0 or more, not {self.lam}")
+        for key, least in dict(every=1, epochs=1, batch_size=1, n_init=1, times=0, lam=0).items():
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} is {least} or more, not {getattr(self, key)}")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
         if not self.name:
-            self.name = "-".join(filter(None, [self.dataset, self.method, self.modalities.replace(",", "+"), str(self.seed)]))
+            parts = [self.dataset, self.method, self.modalities.replace(",", "+"), str(self.seed)]
+            self.name = "-".join(filter(None, parts))
 
 
 @torch.no_grad()
@@ -309,6 +315,25 @@ def probe(model, train, test, device="cpu"):
     return {m: 100 * linear.fit(x_train[m], y_train).score(x_test[m], y_test) for m in x_train}
 
 
+def train_epoch(model, optimiser, split, config, epoch):
+    """One pass over the training set -> (mean loss, accuracy in per cent)."""
+    model.train()
+    loss_sum, correct = torch.zeros((), device=config.device), torch.zeros((), device=config.device)
+    shuffled = data.batches(split, config.batch_size, (config.seed, epoch), config.device, config.augment)
+    steps = math.ceil(len(split) / config.batch_size)
+    for inputs, labels in tqdm(shuffled, f"epoch {epoch}", steps, leave=False, disable=None, ncols=78, unit="step"):
+        logits = model(inputs)
+        loss = F.cross_entropy(logits, labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        loss_sum += loss.detach() * len(labels)
+        correct += (logits.argmax(1) == labels).sum()
+    if not loss_sum.isfinite():
+        raise FloatingPointError(f"the loss is {loss_sum.item()} in epoch {epoch}: try a smaller --lr")
+    return loss_sum.item() / len(split), 100 * correct.item() / len(split)
+
+
 def train(config):
     """Train one model -> its history, one dict per epoch, and files in <out>/<name>/.
 
@@ -327,42 +352,30 @@ def train(config):
     history, best, relearnt = [], None, 0
     for epoch in range(config.epochs):
         start = time.perf_counter()
-        model.train()
-        loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
-        steps = math.ceil(len(dataset.train) / config.batch_size)
-        shuffled = data.batches(dataset.train, config.batch_size, seed=(config.seed, epoch), device=device)
-        for inputs, labels in tqdm(shuffled, f"epoch {epoch}", steps, leave=False, disable=None, ncols=78, unit="batch"):
-            logits = model(inputs)
-            loss = F.cross_entropy(logits, labels)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            loss_sum += loss.detach() * len(labels)
-            correct += (logits.argmax(1) == labels).sum()
+        loss, accuracy = train_epoch(model, optimiser, dataset.train, config, epoch)
         val, test = (evaluate(model, split, device=device) for split in (dataset.val, dataset.test))
-        entry = {"epoch": epoch, "loss": loss_sum.item() / len(dataset.train), "train": 100 * correct.item() / len(dataset.train),
-                 "val": val["accuracy"], "test": test["accuracy"], "val_f1": val["macro_f1"], "test_f1": test["macro_f1"]}
-        if not math.isfinite(entry["loss"]):
-            raise FloatingPointError(f"the loss is {entry['loss']} in epoch {epoch}: try a smaller --lr")
+        entry = {"epoch": epoch, "loss": loss, "train": accuracy, "val": val["accuracy"], "test": test["accuracy"],
+                 "val_f1": val["macro_f1"], "test_f1": test["macro_f1"]}  # fmt: skip
         if best is None or entry["val"] > best["val"]:
             best = entry
-            save(folder / "best.pt", {"config": asdict(config), "epoch": epoch, "model": model.state_dict(), "initial": initial})
+            weights = {"model": model.state_dict(), "initial": initial}
+            save(folder / "best.pt", {"config": asdict(config), "epoch": epoch, **weights})
+
         if epoch % config.every == 0 and epoch > 0:
             gaps = diagnose(model, dataset.train, dataset.val, n_classes, config.n_init, device=device)
-            relearn = config.method == "dr" and relearnt < config.times
-            entry["diagnosis"] = {}
-            for m, (p_train, p_val, gap) in gaps.items():
-                a = relearning_strength(gap, config.lam)
-                entry["diagnosis"][m] = {"train": p_train, "val": p_val, "gap": gap, "strength": a}
-                if relearn:
-                    soft_reinit(model.encoders[m], initial[m], a)
-            entry["relearnt"] = relearn
-            relearnt += relearn
+            entry["diagnosis"] = {
+                m: {"train": p_train, "val": p_val, "gap": g, "strength": relearning_strength(g, config.lam)}
+                for m, (p_train, p_val, g) in gaps.items()
+            }
+            entry["relearnt"] = config.method == "dr" and relearnt < config.times
+            if entry["relearnt"]:
+                relearnt += 1
+                for m, diagnosis in entry["diagnosis"].items():
+                    soft_reinit(model.encoders[m], initial[m], diagnosis["strength"])
+
         entry["seconds"] = time.perf_counter() - start
         history.append(entry)
-        report_epoch(config, entry, relearnt)
-        with open(folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        report_epoch(config, folder, entry, relearnt)
 
     model.load_state_dict(torch.load(folder / "best.pt", map_location=device, weights_only=True)["model"])
     report_run(config, folder, history, best, probe(model, dataset.train, dataset.test, device))
@@ -373,7 +386,10 @@ def load_dataset(config):
     """The prepared dataset of a config; the demo is made if it is not there."""
     if config.dataset == "demo" and not (Path(config.data) / "demo" / "manifest.json").exists():
         data.prepare("demo", out=config.data)
-    return data.load(config.dataset, config.data, [m for m in config.modalities.split(",") if m])
+    dataset = data.load(config.dataset, config.data, [m for m in config.modalities.split(",") if m])
+    if min(len(dataset.train), len(dataset.val)) < len(dataset.classes):
+        raise data.DataError("a diagnosis takes at least as many training and validation clips as there are classes")
+    return dataset
 
 
 def save(path, content):
@@ -401,10 +417,12 @@ def start_run(config, model, dataset):
     return folder
 
 
-def report_epoch(config, entry, relearnt):
-    """One line an epoch; a table after a diagnosis."""
-    line = "epoch {epoch:3d}   loss {loss:.3f}   train {train:5.1f} %   val {val:5.1f} %   test {test:5.1f} %   {seconds:4.1f} s"
-    print(line.format(**entry))
+def report_epoch(config, folder, entry, relearnt):
+    """A line of log.jsonl and one on the screen; after a diagnosis, a table."""
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps(entry) + "\n")
+    accuracies = "   ".join(f"{split} {entry[split]:5.1f} %" for split in ("train", "val", "test"))
+    print(f"epoch {entry['epoch']:3d}   loss {entry['loss']:.3f}   {accuracies}   {entry['seconds']:4.1f} s")
     if "diagnosis" not in entry:
         return
     title = f"re-learning {relearnt} of {config.times}" if entry["relearnt"] else "diagnosis only"
@@ -422,7 +440,7 @@ def report_run(config, folder, history, best, probes):
                "last_accuracy": last["test"], "last_macro_f1": last["test_f1"], "best_test_accuracy": lucky["test"],
                "probe": probes, "seconds": sum(e["seconds"] for e in history)}  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    draw_curves(history, folder / "curves.png", config)
+    draw_curves(history, folder / "curves.png", config.name)
     print(f"\n{config.name}, on the test set                     accuracy    macro F1")
     print(f"  at the best validation epoch, {best['epoch']:<3}         {best['test']:10.1f} % {best['test_f1']:9.1f} %")
     print(f"  at the last epoch, {last['epoch']:<3}                    {last['test']:10.1f} % {last['test_f1']:9.1f} %")
@@ -432,29 +450,31 @@ def report_run(config, folder, history, best, probes):
     print(f"{summary['seconds']:.0f} s; config, log, weights and curves are in {folder}/")
 
 
-def draw_curves(history, path, config):
+def draw_curves(history, path, title):
     """Accuracy, purity gap and re-learning strength over the epochs (after the paper's Fig. 4)."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(3, 1, figsize=(7, 7.5), sharex=True, height_ratios=(2, 1, 1), layout="constrained")
-    epochs = [e["epoch"] for e in history]
-    for key, style in (("train", ":"), ("val", "--"), ("test", "-")):
-        axes[0].plot(epochs, [e[key] for e in history], style, color="black" if key == "test" else "grey", label=key)
-    axes[0].set(ylabel="accuracy in %", title=f"{config.name}")
+    for key, name, style in (("train", "training", "0.6"), ("val", "validation", "C2"), ("test", "test", "black")):
+        axes[0].plot([e["epoch"] for e in history], [e[key] for e in history], color=style, label=name)
     diagnosed = [e for e in history if "diagnosis" in e]
-    for k, m in enumerate(diagnosed[0]["diagnosis"] if diagnosed else ()):
-        at = [e["epoch"] for e in diagnosed]
-        for axis, key in ((axes[1], "gap"), (axes[2], "strength")):
-            values = [e["diagnosis"][m][key] * (key == "gap" or e["relearnt"]) for e in diagnosed]
-            axis.plot(at, values, "o^sDv"[k % 5] + "-", color=f"C{k}", label=m)
-    axes[1].set(ylabel="purity gap g")
-    axes[2].set(ylabel="strength a", xlabel="epoch", ylim=(-0.05, 1.05))
+    for axis, key, shown in (
+        (axes[1], "gap", diagnosed),
+        (axes[2], "strength", [e for e in diagnosed if e["relearnt"]]),
+    ):
+        for k, m in enumerate(shown[0]["diagnosis"] if shown else ()):
+            values = [e["diagnosis"][m][key] for e in shown]
+            colour, marker = f"C{(0, 1, 3, 4, 5)[k % 5]}", "os^Dv"[k % 5]
+            axis.plot([e["epoch"] for e in shown], values, color=colour, marker=marker, label=m)
+    axes[0].set(ylabel="accuracy in %", ylim=(0, 102), title=title)
+    axes[1].set(ylabel="purity gap g", ylim=(0, None))
+    axes[2].set(ylabel="strength a", ylim=(0, 1.05), xlabel="epoch; grey lines: re-learning")
     for axis in axes:
         for e in diagnosed:
             if e["relearnt"]:
-                axis.axvline(e["epoch"], color="silver", linewidth=1, zorder=0)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, loc="best")
+                axis.axvline(e["epoch"], color="0.85", zorder=0)
+        if axis.lines and axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -467,22 +487,27 @@ def draw_curves(history, path, config):
 
 def parse(arguments=None):
     """Flags to a Config: every field of Config is one."""
-    usage = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(description=usage[0], formatter_class=argparse.RawDescriptionHelpFormatter)
-    presets = {d: "  ".join(f"{k} {v}" for k, v in p.items()) for d, p in PRESETS.items()}
-    parser.epilog = "presets:\n" + "\n".join(f"  {d:<8}{p}" for d, p in presets.items())
+    parser = argparse.ArgumentParser(usage="python dr.py [--flag value ...]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.epilog = "presets:\n" + "\n".join(
+        f"  {name:<9}" + "  ".join(f"{k} {v}" for k, v in preset.items()) for name, preset in PRESETS.items()
+    )
     for f in fields(Config):
-        default = "preset" if f.default is None else f.default
-        help = f.metadata["help"] + ("" if default == "" else f" ({default})")
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default, choices=f.metadata["choices"],
-                            metavar=f.type.__name__ if not f.metadata["choices"] else None, help=help)
-    return Config(**vars(parser.parse_args(arguments)))
+        choices, default = f.metadata["choices"], "preset" if f.default is None else f.default
+        text = f.metadata["help"] + (f": {', '.join(choices)}" if choices and f.name != "method" else "")
+        text += "" if default is False or default == "" else f" ({default})"
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default, metavar="")
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
+    try:
+        return Config(**vars(parser.parse_args(arguments)))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def main():
     try:
         train(parse())
-    except (data.DataError, ValueError, FloatingPointError) as error:
+    except (data.DataError, FloatingPointError, OSError) as error:
         print(f"dr.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
