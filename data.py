@@ -235,7 +235,11 @@ def pick_frames(path, spec, pairs=False):
             raise BadClip(f"{path.name}: {len(packets)} frames")
         if len(packets) < 0.9 * stream.frames:
             raise BadClip(f"{path.name}: truncated, {len(packets)} of {stream.frames} frames are there")
-        length = len(packets)
+        if not stream.frames and container.duration:  # Flash tells no number of frames, but how long it lasts
+            there = max(p.pts or 0 for p in packets) * stream.time_base
+            if 2 * there + 0.5 < (lasts := container.duration / av.time_base):
+                raise BadClip(f"{path.name}: truncated, {float(there):.1f} of {lasts:.1f} s are there")
+        length = sum(not p.is_discard for p in packets)  # the edit list of an MP4 may hide some
         if "longest" in spec and stream.average_rate:
             length = min(length, max(1, round(spec["longest"] * stream.average_rate)))
         wanted = middles(length, spec["count"] * spec.get("keep", 1))
@@ -253,18 +257,20 @@ def decode(stream, packets, wanted, trust_times=True):
     A keyframe is a safe place to begin at when all packets before it are shown before it, and all after it
     later: then the first frame out of the decoder is the keyframe's own number. (AVI stores no such times.)
     """
-    times, starts = [p.pts for p in packets], [0]
+    times, starts = [p.pts for p in packets], {0: 0}  # {number of a frame: packet at which to begin}
     if trust_times and None not in times:
         before = np.maximum.accumulate([-(2**62), *times[:-1]])
         after = np.minimum.accumulate([2**62, *times[:0:-1]])[::-1]
-        starts += [k for k in range(1, len(times)) if packets[k].is_keyframe and before[k] < times[k] < after[k]]
+        shows = np.cumsum([0] + [not p.is_discard for p in packets]).tolist()
+        safe = [k for k in range(1, len(times)) if packets[k].is_keyframe and before[k] < times[k] < after[k]]
+        starts |= {shows[k]: k for k in safe}
     codec, frames, shown, fed = stream.codec_context, {}, 0, 0
     codec.thread_count = 1  # it is the clips that are read in parallel
     for i in sorted(set(wanted)):
         start = max(s for s in starts if s <= i)
-        if start > fed:
+        if starts[start] > fed:
             codec.flush_buffers()
-            shown = fed = start
+            shown, fed = start, starts[start]
         while shown <= i and fed <= len(packets):
             for frame in codec.decode(packets[fed] if fed < len(packets) else None):
                 if shown in wanted:
@@ -283,9 +289,9 @@ def read_sound(path, rate=16000):
         if (codec.rate, codec.channels, codec.format.name) == (rate, 1, "s16"):  # nothing to resample
             chunks = [frame.to_ndarray()[0] / np.float32(32768) for frame in container.decode(audio=0)]
         else:
-            resample = av.AudioResampler(format="flt", layout="mono", rate=rate).resample
-            chunks = [f.to_ndarray()[0] for frame in container.decode(audio=0) for f in resample(frame)]
-            chunks += [f.to_ndarray()[0] for f in resample(None)]
+            resample = av.AudioResampler(format="fltp", rate=rate).resample
+            chunks = [f.to_ndarray().mean(0) for frame in container.decode(audio=0) for f in resample(frame)]
+            chunks += [f.to_ndarray().mean(0) for f in resample(None)]
     if sum(map(len, chunks)) < 400:  # less than one window of 25 ms
         raise BadClip(f"{path.name}: no sound")
     return np.concatenate(chunks)
@@ -312,7 +318,8 @@ def open_media(path):
     if is_stub(path):
         raise BadClip(f"{path.name}: a git-lfs stub, never fetched")
     # FFmpeg would probe a WAV for coded sound in disguise, which takes ten times as long as reading it
-    return av.open(str(path), options={"probesize": "4096"} if path.suffix == ".wav" else {})
+    options = {"probesize": "4096"} if path.suffix == ".wav" else {}
+    return av.open(str(path), metadata_errors="replace", options=options)
 
 
 def is_stub(path):
@@ -361,8 +368,8 @@ def hold_out(items, labels, n, seed=0):
     """n of the items at random, every class in its share -> a set."""
     rng, place = np.random.default_rng(seed), {}
     for c in sorted(set(labels)):
-        mine = rng.permutation(sorted(i for i, label in zip(items, labels) if label == c)).tolist()
-        place |= {item: (k + 0.5) / len(mine) for k, item in enumerate(mine)}  # 0 to 1 within its class
+        mine = sorted(i for i, label in zip(items, labels) if label == c)
+        place |= {mine[k]: (n_before + 0.5) / len(mine) for n_before, k in enumerate(rng.permutation(len(mine)))}
     return set(sorted(items, key=lambda i: (place[i], i))[:n])
 
 
@@ -413,7 +420,7 @@ def read_splits(folder, known):
             raise DataError(f"{folder} has no {names[0]}: it takes my_train.csv (or train.csv), val.csv and test.csv")
         rows = [line.strip().split(",") for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
         for number, row in enumerate(rows, 1):
-            if number == 1 and row[-1] not in EMOTIONS:
+            if number == 1 and row[-1] not in EMOTIONS and row[0] not in known:
                 continue  # some of these files have a header line
             at = f"{path}, line {number}: {row[0]}"
             if row[0] not in known:
@@ -437,8 +444,8 @@ def demo(raw, clips=2300, seed=0):
     return listed, classes, {"audio": fbank_spec(48, 1.2, shift=25.0), "visual": frames_spec(1, 48)}
 
 
-KINETICS_SOUNDS = """blowing nose, blowing out candles, bowling, chopping wood, dribbling basketball, laughing, mowing lawn,
-playing accordion, playing bagpipes, playing bass guitar, playing clarinet, playing drums, playing guitar,
+KINETICS_SOUNDS = """blowing nose, blowing out candles, bowling, chopping wood, dribbling basketball, laughing,
+mowing lawn, playing accordion, playing bagpipes, playing bass guitar, playing clarinet, playing drums, playing guitar,
 playing harmonica, playing keyboard, playing organ, playing piano, playing saxophone, playing trombone,
 playing trumpet, playing violin, playing xylophone, ripping paper, shoveling snow, shuffling cards, singing,
 stomping grapes, tap dancing, tapping guitar, tapping pen, tickling""".replace("\n", " ").split(", ")
@@ -453,7 +460,7 @@ def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, split_dir=None):
     """
     pattern = re.compile(r"(.{11})_(\d+)(?:_\d+)?")  # a YouTube id has 11 characters; then the start in seconds
     key = lambda stem: (m[1], int(m[2])) if (m := pattern.fullmatch(stem)) else None  # noqa: E731
-    found = {key(p.stem): p for p in sorted(raw.rglob("*")) if p.suffix in (".mp4", ".mkv", ".webm")}
+    found = {k: p for p in sorted(raw.rglob("*")) if p.suffix in (".mp4", ".mkv", ".webm") and (k := key(p.stem))}
     label = {name: k for k, name in enumerate(KINETICS_SOUNDS)}
     wanted = []  # (train or test, key, label)
     for split, part in (("train", "train"), ("test", "val")):
@@ -466,19 +473,21 @@ def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, split_dir=None):
                 wanted += [(split, (row["youtube_id"], int(row["time_start"])), label[row["label"]])
                            for row in csv.DictReader(file) if row["label"] in label]  # fmt: skip
         else:
-            classes = {p: label.get(p.parent.name.replace("_", " ")) for p in found.values() if part in p.parts}
+            inside = [p for p in found.values() if part in p.relative_to(raw).parts[0]]  # train, val_256, ...
+            classes = {p: label.get(p.parent.name.replace("_", " ")) for p in inside}
             wanted += [(split, key(p.stem), k) for p, k in classes.items() if k is not None]
     if not any(k in found for _, k, _ in wanted):
-        raise DataError(f"{raw} holds no clip of Kinetics-Sounds: it takes train/<class>/<id>_<start>_<end>.mp4 and val/..., "
-                        "or flat folders beside train.csv and val.csv, or --split-dir")  # fmt: skip
+        raise DataError(f"{raw} holds no clip of Kinetics-Sounds: it takes train/<class>/<id>_<start>_<end>.mp4 and\n"
+                        "val/<class>/..., or flat folders beside train.csv and val.csv, or --split-dir")  # fmt: skip
     train = [k for s, k, _ in wanted if s == "train"]
-    chosen = hold_out(["%s_%06d" % k for k in train], [c for s, _, c in wanted if s == "train"], round(0.1 * len(train)))
+    chosen = hold_out(train, [c for s, _, c in wanted if s == "train"], round(0.1 * len(train)))
     clips = {}
     for split, k, c in wanted:
-        i = "%s_%06d" % k
+        i = f"{k[0]}_{k[1]:06d}"
         path = found.get(k, raw / f"{i}.mp4")
-        clips[i] = Clip(i, c, "val" if i in chosen else split, {"audio": path, "visual": path})
-    return list(clips.values()), KINETICS_SOUNDS, {"audio": fbank_spec(128, seconds), "visual": frames_spec(frames, size, keep)}
+        clips[i] = Clip(i, c, "val" if split == "train" and k in chosen else split, {"audio": path, "visual": path})
+    specs = {"audio": fbank_spec(128, seconds), "visual": frames_spec(frames, size, keep)}
+    return list(clips.values()), KINETICS_SOUNDS, specs
 
 
 def ucf101(raw, frames=3, keep=1, size=224, fold=1):
@@ -490,24 +499,26 @@ def ucf101(raw, frames=3, keep=1, size=224, fold=1):
     """
     lists = next(iter(raw.rglob(f"trainlist{fold:02d}.txt")), None)
     if lists is None:
-        raise DataError(f"{raw} holds no trainlist{fold:02d}.txt: get UCF101TrainTestSplits-RecognitionTask.zip as well")
-    classes = [line.split()[1] for line in (lists.parent / "classInd.txt").read_text().splitlines() if line.strip()]
+        raise DataError(f"{raw} holds no trainlist{fold:02d}.txt: it takes the zip of split lists too")
+    classes = (lists.parent / "classInd.txt").read_text().split()[1::2]  # lines: number name
     # the lists write HandStandPushups where the files say HandstandPushups: names are compared in lower case
     found = {p.stem.lower(): p for p in raw.rglob("*.avi")}
     u = next((p for p in raw.rglob("u") if p.is_dir() and (p.parent / "v").is_dir()), None)
     flow = {p.name.lower(): p for p in u.iterdir()} if u else {}
     clips = []
     for split in "train", "test":
-        names = [line.split()[0] for line in (lists.parent / f"{split}list{fold:02d}.txt").read_text().splitlines() if line.strip()]
+        lines = (lists.parent / f"{split}list{fold:02d}.txt").read_text().splitlines()
+        names = [line.split()[0] for line in lines if line.strip()]
         groups = {n: n.rsplit("_", 1)[0] for n in names}  # Class/v_Class_gNN
         unique = sorted(set(groups.values()))
-        chosen = hold_out(unique, [g.split("/")[0] for g in unique], round(0.1 * len(unique))) if split == "train" else ()
+        chosen = hold_out(unique, [g.split("/")[0] for g in unique], round(0.1 * len(unique)))
         for n in names:
             stem = Path(n).stem
             video = found.get(stem.lower(), raw / n)
             folder = flow.get(stem.lower())
             files = {"flow": (folder, u.parent / "v" / folder.name) if folder else video, "visual": video}
-            clips.append(Clip(stem, classes.index(n.split("/")[0]), "val" if groups[n] in chosen else split, files))
+            part = "val" if split == "train" and groups[n] in chosen else split
+            clips.append(Clip(stem, classes.index(n.split("/")[0]), part, files))
     return clips, classes, {"flow": flow_spec(frames, size, keep), "visual": frames_spec(frames, size, keep)}
 
 
@@ -615,7 +626,7 @@ def padding(x, modality, part):
 # 4  The demo: a miniature CREMA-D of cartoon actors with babbling voices, in the layout of the real one
 # ---------------------------------------------------------------------------------------------------
 
-FACE_SPREAD = 0.24  # scatter of the faces of one emotion: the larger, the harder the picture
+FACE_SPREAD = 0.19  # scatter of the faces of one emotion: the larger, the harder the picture
 VOICE_SPREAD = 0.32  # scatter of the voices of one emotion: the larger, the harder the sound
 ROOM_TONES = 4.0  # loudness of what hums in the room, different in every clip: easily learnt by heart
 SIZE, FPS, SECONDS, RATE = 96, 10, 1.2, 16_000
@@ -807,7 +818,7 @@ def perform(raw, seed, index, name):
 
 
 def make_demo(raw, clips=2300, seed=0):
-    """Draw and synthesise the clips (3,456 at most), the emotions in turn; clip i depends on seed and i alone -> ids."""
+    """Draw and synthesise the clips, 3,456 at most, the emotions in turn -> ids. Clip i depends on seed and i alone."""
     rng, drawn = np.random.default_rng(seed), []
     for emotion in TABLE:
         levels = ["XX"] if emotion == "NEU" else ["XX", *LEVELS]
@@ -841,6 +852,9 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     folder, lister = Path(out) / name, LISTERS[name]
     defaults = {k: p.default for k, p in inspect.signature(lister).parameters.items() if k != "raw"}
     options = {**defaults, **{k: str(v) if isinstance(v, Path) else v for k, v in options.items()}}
+    for k, v in {**options, "workers": workers or 1}.items():
+        if k in ("frames", "keep", "size", "seconds", "clips", "workers") and v <= 0:
+            raise DataError(f"--{k} is more than 0, not {v}")
     for made in (folder / "manifest.json", folder / "plan.json"):
         if made.exists() and (before := json.loads(made.read_text())["options"]) != options:
             changed = ", ".join(f"{k} {before.get(k)}, now {v}" for k, v in options.items() if before.get(k) != v)
@@ -851,8 +865,9 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     if name != "demo" and not raw.is_dir():
         raise DataError(f"--raw {raw}: no such folder")
     clips, classes, specs = lister(raw, **options)
-    some = [p for c in clips[:: max(1, len(clips) // 20)] for p in c.files.values() if isinstance(p, Path) and p.is_file()]
-    if some and sum(map(is_stub, some)) > len(some) / 2:
+    sample = [p for c in clips[:: max(1, len(clips) // 20)] for p in c.files.values()]
+    some = [p for p in sample if isinstance(p, Path) and p.is_file()]
+    if some and sum(map(is_stub, some)) >= len(some) / 2:
         raise DataError(f"{raw} holds git-lfs stubs in place of the media; fetch the files with\n"
                         f"  git lfs install && git -C {raw} lfs pull")  # fmt: skip
 
@@ -860,10 +875,9 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     plan = {"dataset": name, "options": options, "classes": classes, "modalities": specs, "splits": ids}
     if (folder / "plan.json").exists() and json.loads((folder / "plan.json").read_text()) != plan:
         raise DataError(f"{folder} was begun with other clips than {raw} holds now: delete it to begin again")
-    paths = make_arrays(folder, specs, ids)
-    write_json(folder / "plan.json", plan)
+    paths = make_arrays(folder, plan)
     journal = folder / "journal.txt"
-    done = set(journal.read_text().split("\n")) if journal.exists() else set()
+    done = set(journal.read_text().split("\n")[:-1]) if journal.exists() else set()
     row = {s: {i: r for r, i in enumerate(ids[s])} for s in ids}
     todo = [(c, r) for c in clips if f"{c.split} {(r := row[c.split][c.id])}" not in done]
 
@@ -879,8 +893,8 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
                 else:
                     safe.append(f"{clip.split} {r}")
                 if len(bad) > allowed / 100 * len(clips):
-                    raise DataError(f"{len(bad)} of {len(clips):,} clips cannot be used, more than --max-bad {allowed:g} "
-                                    f"per cent; the last: {reason}")  # fmt: skip
+                    raise DataError(f"{len(bad)} of {len(clips):,} clips cannot be used, more than --max-bad "
+                                    f"{allowed:g} per cent; the last: {reason}")  # fmt: skip
                 if time.monotonic() - saved > 2:
                     save_journal(journal, safe, paths)
                     saved = time.monotonic()
@@ -889,8 +903,8 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
 
     skipped = {i for _, i, _ in bad}
     for s in ids:
-        labels = [-1 if c.id in skipped else c.label for c in clips if c.split == s]
-        np.save(folder / s / "labels.npy", np.array(labels, np.int64))
+        labels = np.array([-1 if c.id in skipped else c.label for c in clips if c.split == s], np.int64)
+        write_whole(folder / s / "labels.npy", lambda file, labels=labels: np.save(file, labels))
     write_json(folder / "manifest.json", {**plan, "skipped": sorted(bad)})
     journal.unlink(missing_ok=True)
     (folder / "plan.json").unlink()
@@ -901,9 +915,15 @@ def in_parallel(work, jobs, workers=None):
     """Yield work(*job) for every job, in order, from a pool of processes: one a core, or `workers` of them."""
     pool = ProcessPoolExecutor(workers or os.cpu_count(), initializer=start_worker)
     try:
-        yield from pool.map(work, *zip(*jobs), chunksize=8) if jobs else ()
+        # Python loses a Ctrl-C that comes while it forks: it is noted, and heeded when all workers are there
+        pressed, usual = [], signal.signal(signal.SIGINT, lambda *_: pressed.append(1))
+        results = pool.map(work, *zip(*jobs), chunksize=8) if jobs else ()
+        signal.signal(signal.SIGINT, usual)
+        if pressed:
+            raise KeyboardInterrupt
+        yield from results
     except BrokenProcessPool:
-        raise DataError("a worker process died (out of memory?): the same command goes on; try fewer --workers") from None
+        raise DataError("a worker died (out of memory?): the same command goes on; try fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -919,7 +939,9 @@ def prepare_clip(folder, specs, clip, row):
     """Read one clip and write its rows -> (clip, row, reason why it cannot be used, or '')."""
     try:
         arrays = {m: READERS[spec["kind"]](clip.files[m], spec) for m, spec in specs.items()}
-    except (BadClip, av.FFmpegError, OSError) as error:
+        if unfit := [m for m, array in arrays.items() if not np.isfinite(array).all()]:
+            raise BadClip(f"{unfit[0]} is not finite")
+    except (BadClip, av.FFmpegError, OSError, ValueError, AttributeError) as error:  # PyAV's, for an unknown codec
         return clip, row, str(error)
     for m, array in arrays.items():
         path = folder / clip.split / f"{m}.npy"
@@ -930,15 +952,17 @@ def prepare_clip(folder, specs, clip, row):
     return clip, row, ""
 
 
-def make_arrays(folder, specs, ids):
-    """Create the arrays that are not there yet at full size, once the disk is seen to hold them -> their paths."""
-    wanted = {folder / s / f"{m}.npy": (spec["dtype"], (len(ids[s]), *spec["shape"])) for s in ids for m, spec in specs.items()}
+def make_arrays(folder, plan):
+    """Write the plan down and create its arrays at full size, once the disk is seen to hold them -> their paths."""
+    each = [(s, ids, m, spec) for s, ids in plan["splits"].items() for m, spec in plan["modalities"].items()]
+    wanted = {folder / s / f"{m}.npy": (spec["dtype"], (len(ids), *spec["shape"])) for s, ids, m, spec in each}
     size = sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in wanted.values())
     taken = sum(getattr(p.stat(), "st_blocks", 0) * 512 for p in wanted if p.exists())
     folder.mkdir(parents=True, exist_ok=True)
     if size - taken > (free := shutil.disk_usage(folder).free):
         raise DataError(f"{folder} will take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
                         "give another --out, or a smaller --size")  # fmt: skip
+    write_json(folder / "plan.json", plan)
     for path, (dtype, shape) in wanted.items():
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
@@ -961,10 +985,17 @@ def save_journal(journal, safe, paths):
     safe.clear()
 
 
-def write_json(path, content):
-    """Write a JSON file so that it is there whole or not at all."""
-    path.with_suffix(".new").write_text(json.dumps(content, indent=1))
+def write_whole(path, write):
+    """Have write(file) make a file that is there whole or not at all, even after a power cut."""
+    with open(path.with_suffix(".new"), "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(path.with_suffix(".new"), path)
+
+
+def write_json(path, content):
+    write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -973,31 +1004,34 @@ def write_json(path, content):
 
 
 def show(name, root="prepared", count=6):
-    """Draw some training clips as they were prepared: frames, flow as colour, spectrograms -> path of the picture."""
+    """Draw training clips as they were prepared: frames, flow as colour, spectrograms -> path of the picture."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import hsv_to_rgb
 
-    split, classes = (dataset := load(name, root)).train, dataset.classes
-    rng = np.random.default_rng(0)
-    picked = [rng.choice(np.flatnonzero(split.labels == c)) for c in rng.permutation(np.unique(split.labels))[:count]]
-    panels = [(m, t) for m, s in split.specs.items() for t in range(s["shape"][0] if s["kind"] in ("frames", "flow") else 1)]
-    figure, axes = plt.subplots(count, len(panels), figsize=(2.2 * len(panels), 2.1 * count), squeeze=False, layout="constrained")
-    for line, k in zip(axes, picked):
+    dataset, rng = load(name, root), np.random.default_rng(0)
+    split, classes = dataset.train, rng.permutation(np.unique(dataset.train.labels))[:count]
+    stacks = {m: s["shape"][0] if s["kind"] in ("frames", "flow") else 1 for m, s in split.specs.items()}
+    panels = [(m, t) for m in stacks for t in range(stacks[m])]
+    size = (2.2 * len(panels), 2.2 * len(classes))
+    _, axes = plt.subplots(len(classes), len(panels), figsize=size, squeeze=False, layout="constrained")
+    for line, c in zip(axes, classes):
+        k = rng.choice(np.flatnonzero(split.labels == c))
         for axis, (m, t) in zip(line, panels):
             x, kind = split.arrays[m][split.rows[k]], split.specs[m]["kind"]
-            if kind == "flow":  # direction as hue, speed as saturation: white stands still
-                u, v = np.moveaxis(x[t].astype(float) - 128, -1, 0)
+            if kind == "frames":
+                axis.imshow(x[t])
+            elif kind == "flow":  # direction as hue, speed as saturation: white stands still
+                u, v = np.moveaxis(x[t] - 128.0, -1, 0)
                 hue, speed = np.arctan2(v, u) / (2 * np.pi) % 1, np.minimum(1, np.hypot(u, v) / 64)
                 axis.imshow(hsv_to_rgb(np.stack([hue, speed, np.ones_like(hue)], -1)))
-            elif kind == "frames":
-                axis.imshow(x[t])
             else:
-                axis.imshow(x[0] if kind == "fbank" else x.T, origin="lower", aspect="auto", cmap="magma", interpolation="nearest")
+                axis.imshow(x[0] if kind == "fbank" else x.T, origin="lower", aspect="auto", cmap="magma")
             axis.set(xticks=[], yticks=[])
-            axis.set_title(f"{m} {t + 1}" if len(x) > 1 and kind != "sequence" else m, fontsize=8)
-        line[0].set_ylabel(f"{classes[split.labels[k]]}\n{split.ids[k]}", fontsize=7)
+            axis.set_title(f"{m} {t + 1}" if stacks[m] > 1 else m, fontsize=9)
+        line[0].set_ylabel(f"{dataset.classes[c]}\n{split.ids[k]}", fontsize=8)
     path = Path(root) / name / "samples.png"
-    figure.savefig(path, dpi=120)
+    plt.savefig(path, dpi=120)
+    plt.close()
     return path
 
 
@@ -1005,25 +1039,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="name", required=True, metavar="dataset")
     for name in (*LISTERS, "mosi"):
-        p = commands.add_parser(name, help=f"see: python data.py {name} --help", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         p.add_argument("--out", type=Path, default=Path("prepared"), help=f"where the arrays go: OUT/{name}")
-        p.add_argument("--show", action="store_true", help="draw a page of what was prepared to OUT/%s/samples.png" % name)
+        p.add_argument("--show", action="store_true", help=f"draw what was prepared to OUT/{name}/samples.png")
         if name != "demo":
             p.add_argument("--raw", type=Path, help="the download")
-        if name != "mosi":
-            p.add_argument("--workers", type=int, help="processes; None: one a core")
-            p.add_argument("--max-bad", type=float, help="stop if more than this per cent of clips cannot be used; None: 5, Kinetics 50")
-            for option, default in list(inspect.signature(LISTERS[name]).parameters.items())[1:]:
-                kind = str if default.default is None else type(default.default)
-                p.add_argument("--" + option.replace("_", "-"), type=kind, default=default.default, help=OPTIONS[option])
+        if name == "mosi":
+            continue
+        p.add_argument("--workers", type=int, help="processes; None: one a core")
+        p.add_argument("--max-bad", type=float, help="per cent of clips that may be unusable; None: 5, Kinetics 50")
+        for option, parameter in list(inspect.signature(LISTERS[name]).parameters.items())[1:]:
+            kind = str if parameter.default is None else type(parameter.default)
+            p.add_argument("--" + option.replace("_", "-"), type=kind, default=parameter.default, help=OPTIONS[option])
     args = vars(parser.parse_args())
     name, out, drawn = args["name"], args["out"], args.pop("show")
     try:
         if drawn:
-            print(show(name, out))
-            return
+            return print(show(name, out))
         if name != "demo" and args["raw"] is None:
-            raise DataError(f"--raw is missing: the download. {how_to_get(name, out / name)}")
+            raise DataError(f"--raw is missing. {how_to_get(name, out / name)}")
         folder = prepare(**args)
     except (DataError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)

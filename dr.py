@@ -21,7 +21,6 @@ runs/<name>/.
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -241,7 +240,7 @@ def soft_reinit(module, init_state, strength):
 # CREMA-D's are the official code's; the paper trains its other video datasets alike.
 OFFICIAL = dict(epochs=90, batch_size=64, lr=0.002, every=20, times=3)
 PRESETS = {
-    "demo": dict(epochs=40, batch_size=64, lr=0.04, every=8, times=3),
+    "demo": dict(epochs=40, batch_size=64, lr=0.02, every=8, times=3),
     "cremad": OFFICIAL,
     "kinetics": OFFICIAL,
     "ucf101": OFFICIAL,
@@ -358,8 +357,8 @@ def train(config):
                  "val_f1": val["macro_f1"], "test_f1": test["macro_f1"]}  # fmt: skip
         if best is None or entry["val"] > best["val"]:
             best = entry
-            weights = {"model": model.state_dict(), "initial": initial}
-            save(folder / "best.pt", {"config": asdict(config), "epoch": epoch, **weights})
+            checkpoint = {"config": asdict(config), "epoch": epoch, "model": model.state_dict(), "initial": initial}
+            data.write_whole(folder / "best.pt", lambda file, c=checkpoint: torch.save(c, file))
 
         if epoch % config.every == 0 and epoch > 0:
             gaps = diagnose(model, dataset.train, dataset.val, n_classes, config.n_init, device=device)
@@ -390,12 +389,6 @@ def load_dataset(config):
     if min(len(dataset.train), len(dataset.val)) < len(dataset.classes):
         raise data.DataError("a diagnosis takes at least as many training and validation clips as there are classes")
     return dataset
-
-
-def save(path, content):
-    """Write a checkpoint so that it is there whole or not at all."""
-    torch.save(content, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
 
 
 # ---------------------------------------------------------------------------------------------------
