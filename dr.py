@@ -189,7 +189,7 @@ def purity_gap(train_features, train_labels, val_features, val_labels, n_cluster
 
 
 @torch.no_grad()
-def extract_features(model, split, batch_size=256, device="cpu"):
+def extract_features(model, split, batch_size=128, device="cpu"):
     """All features of a split, in eval mode and without augmentation -> ({modality: (N, D)}, labels (N,))."""
     model.eval()
     parts, labels = [], []
@@ -199,7 +199,7 @@ def extract_features(model, split, batch_size=256, device="cpu"):
     return {m: torch.cat([p[m] for p in parts]).numpy() for m in parts[0]}, torch.cat(labels).numpy()
 
 
-def diagnose(model, train, val, n_clusters, n_init=10, batch_size=256, device="cpu"):
+def diagnose(model, train, val, n_clusters, n_init=10, batch_size=128, device="cpu"):
     """The purity gap of every modality -> {modality: (P_train, P_val, g)}; n_clusters is the number of classes."""
     train_features, train_labels = extract_features(model, train, batch_size, device)
     val_features, val_labels = extract_features(model, val, batch_size, device)
@@ -296,7 +296,7 @@ class Config:
 
 
 @torch.no_grad()
-def evaluate(model, split, batch_size=256, device="cpu"):
+def evaluate(model, split, batch_size=128, device="cpu"):
     """Accuracy and macro F1, in per cent, over a whole split."""
     model.eval()
     scores = [(model(inputs).argmax(1), y) for inputs, y in data.batches(split, batch_size, device=device)]

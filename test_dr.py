@@ -1,18 +1,28 @@
 """Tests: python -m pytest. Each holds the code against something independent of it."""
 
+import csv
 import json
 import os
 import pickle
+import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from inspect import getsource
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
+import scipy.io.wavfile
+import scipy.signal
 import torch
+from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.preprocessing import MinMaxScaler
@@ -447,3 +457,527 @@ def test_the_demo_is_the_same_for_one_seed_and_stratified(prepared, tmp_path):
     dataset = data.load("demo", prepared)
     assert [len(s) for s in (dataset.train, dataset.val, dataset.test)] == [84, 21, 56]
     assert max(np.bincount(dataset.train.labels)) - min(np.bincount(dataset.train.labels)) <= 2
+
+
+# --- raw data: small files as the datasets have them ----------------------------------------------
+
+FLASH = dict(codec="flv1", sound="libmp3lame")
+XVID = dict(codec="mpeg4", sound="libmp3lame", tag="XVID", options={"bf": "2"})
+H264 = dict(codec="libx264", sound="aac", options={"bf": "2", "x264-params": "log-level=error"})
+STUB = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+def film(path, codec, sound=None, tag=None, options=None, muxer=None, gop=12, frames=24, move=(2, 1), seed=0, first=0):
+    """A texture of 128 x 96 that moves by `move` pixels a frame, 12 frames a second, and a tone of 440 Hz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.tile(np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8), (3, 3, 1))
+    texture = np.asarray(Image.fromarray(coarse).resize((384, 288), Image.BICUBIC))[96:192, 128:256]
+    with av.open(str(path), "w", options=muxer or {}) as movie:
+        video = movie.add_stream(codec, 12, width=128, height=96, pix_fmt="yuv420p", bit_rate=900_000, options=options or {})
+        video.gop_size, video.codec_context.codec_tag = gop, tag or video.codec_context.codec_tag
+        packets = []
+        for i in range(frames):
+            picture = np.ascontiguousarray(np.roll(texture, (i * move[1], i * move[0]), (0, 1)))
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame.pts = first + i  # below 0: hidden by an MP4's edit list, as in clips cut without recoding
+            packets += video.encode(frame)
+        packets += video.encode()
+        if sound:
+            audio = movie.add_stream(sound, 44100, layout="mono")
+            tone = np.float32(0.3 * np.sin(2 * np.pi * 440 * np.arange(44100 * frames // 12) / 44100))[None]
+            wave = (tone, "fltp") if sound == "aac" else (np.int16(32767 * tone), "s16p")
+            heard = av.AudioFrame.from_ndarray(*wave, "mono")
+            heard.sample_rate = 44100
+            packets += audio.encode(heard) + audio.encode()
+        movie.mux(packets)
+    return path
+
+
+def babble(path, seconds, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).normal(100, 3000, int(16000 * seconds))
+    scipy.io.wavfile.write(path, 16000, noise.astype(np.int16))
+
+
+def frames_by_hand(path, count, size, longest=None):
+    """Frames int((i + 0.5) * N / count) of N, every one of which is decoded."""
+    with av.open(str(path)) as movie:
+        every = list(movie.decode(video=0))[:longest]
+    picked = [every[int((i + 0.5) * len(every) / count)] for i in range(count)]
+    return np.stack([f.reformat(size, size, "rgb24").to_ndarray() for f in picked])
+
+
+def fbank_by_hand(path, frames):
+    wave = torch.from_numpy(scipy.io.wavfile.read(path)[1] / np.float32(32768))[None]
+    mel = data.kaldi.fbank(wave - wave.mean(), htk_compat=True, sample_frequency=16000, use_energy=False,
+                           window_type="hanning", num_mel_bins=128, dither=0.0, frame_shift=10)  # fmt: skip
+    padded = np.zeros((frames, 128), np.float16)
+    padded[: len(mel)] = mel[:frames].numpy()
+    return padded.T[None]
+
+
+def arrays(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("*/*.npy"))}
+
+
+def link(source, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.link(source, target)
+
+
+def replace(path, content):
+    path.unlink()  # a hard link: the file that it is linked to stays
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="session")
+def crema(tmp_path_factory):
+    """90 clips: five actors, three sentences, six emotions."""
+    raw = tmp_path_factory.mktemp("raw") / "CREMA-D"
+    names = [f"{a}_{s}_{e}_XX" for a in range(1001, 1006) for s in ("IEO", "IOM", "TIE") for e in data.EMOTIONS]
+    for k, name in enumerate(names):
+        film(raw / f"VideoFlash/{name}.flv", **FLASH, frames=24 + k % 9, seed=k)
+        babble(raw / f"AudioWAV/{name}.wav", (0.8, 3, 3.7)[k % 3], seed=k)
+    return raw
+
+
+@pytest.fixture(scope="session")
+def crowd(crema, tmp_path_factory):
+    """The same under 900 names, some seconds of work, with one stub among them -> raw folder, prepared folder."""
+    raw = tmp_path_factory.mktemp("crowd")
+    for k in range(10):
+        for path in crema.glob("*/*.*"):
+            link(path, raw / path.parent.name / f"{int(path.name[:4]) + 10 * k}{path.name[4:]}")
+    replace(raw / "VideoFlash/1031_TIE_FEA_XX.flv", STUB)
+    return raw, data.prepare("cremad", raw, tmp_path_factory.mktemp("out"), size=32, workers=1)
+
+
+@pytest.fixture(scope="session")
+def spoilt(crema, tmp_path_factory):
+    """90 clips, ten of them spoilt, and three that are odd but good -> raw folder, {id: reason}."""
+    raw = tmp_path_factory.mktemp("spoilt")
+    for path in crema.glob("*/*.*"):
+        link(path, raw / path.parent.name / path.name)
+    names = sorted(p.stem for p in raw.glob("VideoFlash/*"))[:60:6]
+    flv, wav = [raw / f"VideoFlash/{n}.flv" for n in names], [raw / f"AudioWAV/{n}.wav" for n in names]
+    bad = [(flv[0], flv[0].read_bytes()[:9000], "truncated"), (flv[1], b"", "Invalid data"), (wav[2], b"", "Invalid data"),
+           (wav[3], wav[3].read_bytes()[:30], "Invalid data"), (wav[4], wav[4].read_bytes()[:50], "no sound"),
+           (flv[5], STUB, "stub"), (wav[6], STUB, "stub"), (flv[7], bytes(3000), "Invalid data"),
+           (flv[8], b"FLV\1\5\0\0\0\11\0\0\0\0", "Invalid data"), (flv[9], b"", "missing")]  # fmt: skip
+    for path, content, _ in bad:
+        replace(path, content)
+    flv[9].unlink()
+    film(raw / "VideoFlash/1009_IEO_DIS_MD.flv", **FLASH, frames=720)  # a minute
+    film(raw / "VideoFlash/1009_MTI_NEU_XX.flv", "flv1", frames=1)  # very short, without sound; its WAV is good
+    film(raw / "VideoFlash/1009_TIE_SAD_XX.flv", **FLASH, muxer={"flvflags": "no_duration_filesize"})
+    for name in "1009_IEO_DIS_MD", "1009_MTI_NEU_XX", "1009_TIE_SAD_XX":
+        babble(raw / f"AudioWAV/{name}.wav", 3)
+    return raw, {path.stem: says for path, _, says in bad}
+
+
+# --- raw data: frames, sound, flow ----------------------------------------------------------------
+
+KINDS = {
+    "gop_12.flv": FLASH,
+    "gop_250.flv": {**FLASH, "gop": 250},
+    "b_frames.mp4": H264,
+    "open_gop.mp4": {**H264, "options": {"bf": "3", "x264-params": "open-gop=1:b-pyramid=normal:log-level=error"}},
+    "edit_list.mp4": {**H264, "first": -5},
+    "b_frames.mkv": H264,
+    "b_frames.avi": XVID,
+}
+
+
+@pytest.mark.parametrize("name", [*KINDS, *(pytest.param(n, marks=needs_real) for n in (
+    "test.avi", "arm_wrestling.mp4", "flipping_a_pancake.mkv"))])  # fmt: skip
+def test_frames_are_those_that_decoding_every_frame_gives(name, tmp_path):
+    path = film(tmp_path / name, **KINDS[name], frames=61) if name in KINDS else REAL / "clips" / name
+    for count, keep in (1, 1), (2, 1), (3, 1), (2, 3), (11, 1):
+        found = data.read_frames(path, data.frames_spec(count, 48, keep))
+        np.testing.assert_array_equal(found, frames_by_hand(path, count * keep, 48))
+
+
+@pytest.mark.parametrize("seconds", [0.5, 3, 4])
+def test_fbank_is_kaldis_as_the_official_code_calls_it(seconds, tmp_path):
+    babble(tmp_path / "a.wav", seconds)
+    found = data.fbank(data.read_sound(tmp_path / "a.wav"), data.fbank_spec(128, 3.0))
+    assert found.shape == (1, 128, 300) and found.dtype == np.float16
+    np.testing.assert_array_equal(found, fbank_by_hand(tmp_path / "a.wav", 300))
+
+
+@pytest.mark.parametrize("name", ["gop_12.flv", "b_frames.mp4", "b_frames.avi"])
+def test_the_sound_of_a_film_is_the_tone_that_was_put_in(name, tmp_path):
+    sound = data.read_sound(film(tmp_path / name, **KINDS[name], frames=36))
+    heard = np.abs(np.fft.rfft(sound[8000:40000] * np.hanning(32000)))  # of two seconds
+    assert len(sound) == pytest.approx(48000, abs=2000) and heard.argmax() == pytest.approx(2 * 440, abs=2)
+    assert np.abs(sound[8000:40000]).max() == pytest.approx(0.3, rel=0.1)
+
+
+def test_sound_is_mixed_to_mono_and_resampled(tmp_path):
+    stereo = np.random.default_rng(0).normal(0, 3000, (88200, 2))
+    stereo = scipy.signal.sosfilt(scipy.signal.butter(4, 3000, fs=44100, output="sos"), stereo, axis=0)
+    scipy.io.wavfile.write(tmp_path / "a.wav", 44100, np.int16(stereo))
+    expected, found = scipy.signal.resample_poly(stereo.mean(1) / 32768, 160, 441), data.read_sound(tmp_path / "a.wav")
+    assert len(found) == pytest.approx(32000, abs=50)
+    np.testing.assert_allclose(found[1000:30000], expected[1000:30000], atol=0.05 * expected.std())
+
+
+@pytest.mark.parametrize("move", [(3, 2), (-4, 1)])
+def test_the_flow_of_a_texture_is_how_it_moves(move, tmp_path):
+    flow = data.read_flow(film(tmp_path / "a.avi", "mpeg4", options={"qmax": "3"}, move=move), data.flow_spec(3, 48))
+    assert flow.shape == (3, 48, 48, 2) and flow.dtype == np.uint8
+    pixels = (flow[:, 12:36, 12:36].astype(float) - 128) * 20 / 127
+    np.testing.assert_allclose(np.median(pixels, (1, 2)), [move] * 3, atol=0.25)
+
+
+def test_precomputed_flow_is_read_at_the_middles(tmp_path):
+    folders = tmp_path / "u/v_A_g01_c01", tmp_path / "v/v_A_g01_c01"
+    for folder, offset in zip(folders, (0, 100)):
+        folder.mkdir(parents=True)
+        for i in range(10):
+            Image.new("L", (80, 60), offset + 10 * i).save(folder / f"frame{i + 1:06d}.jpg", quality=100)
+    flow = data.read_flow(folders, data.flow_spec(3, 16))
+    np.testing.assert_allclose(flow.mean((1, 2)), [[10, 110], [50, 150], [80, 180]], atol=1)
+    (folders[1] / "frame000004.jpg").unlink()
+    with pytest.raises(data.BadClip, match="10 pictures of flow in u, 9 in v"):
+        data.read_flow(folders, data.flow_spec(3, 16))
+
+
+# --- raw data: the lists of clips -----------------------------------------------------------------
+
+
+def parts(clips, what=lambda c: c.id):
+    return {s: {what(c) for c in clips if c.split == s} for s in ("train", "val", "test")}
+
+
+@needs_real
+def test_cremads_splits_of_the_real_names(tmp_path):
+    with open(REAL / "cremad/SentenceFilenames.csv", newline="") as file:
+        names = {row["Filename"] for row in csv.DictReader(file)}
+    (tmp_path / "AudioWAV").mkdir()
+    for name in names:
+        (tmp_path / "AudioWAV" / f"{name}.wav").touch()
+    drawn, whole = parts(data.cremad(tmp_path)[0]), Counter(n[9:12] for n in names)
+    assert [len(p) for p in drawn.values()] == [5954, 744, 744] and set.union(*drawn.values()) == names
+    for part in drawn.values():
+        share = Counter(n[9:12] for n in part)
+        assert all(abs(share[e] - len(part) * whole[e] / 7442) < 1 for e in whole)
+    assert parts(data.cremad(tmp_path)[0]) == drawn  # the same every time
+    actors = parts(data.cremad(tmp_path, split="actors")[0], lambda c: c.id[:4])
+    assert [len(p) for p in actors.values()] == [73, 9, 9] and len(set.union(*actors.values())) == 91
+    given = parts(data.cremad(tmp_path, split_dir=REAL / "cremad")[0], lambda c: f"{c.id},{data.EMOTIONS[c.label]}")
+    for split, name in ("train", "my_train"), ("val", "val"), ("test", "test"):
+        assert given[split] == set((REAL / f"cremad/{name}.csv").read_text().split()) - {"name,label"}
+
+
+@pytest.mark.parametrize("line, says", [
+    ("1002_IEO_ANG_XX,ANG\n1001_IEO_SAD_XX,SAD", "line 2: 1001_IEO_SAD_XX is in the val split already"),
+    ("name,label\n1003_TIE_FEA_XX,SAD", "line 2: 1003_TIE_FEA_XX is labelled SAD, but its name says FEA"),
+    ("1099_TIE_FEA_XX,FEA", "line 1: 1099_TIE_FEA_XX is not among the raw files"),
+    ("1003_TIE_FEA_XX,FEAR", "line 1: 1003_TIE_FEA_XX is labelled FEAR"),  # no header
+])  # fmt: skip
+def test_split_files_that_are_wrong(line, says, crema, tmp_path):
+    for split, clip in ("train", "1001_IEO_ANG_XX,ANG"), ("val", "1001_IEO_SAD_XX,SAD"), ("test", line):
+        (tmp_path / f"{split}.csv").write_text(clip + "\n")
+    with pytest.raises(data.DataError, match=f"test.csv, {says}"):
+        data.cremad(crema, split_dir=tmp_path)
+
+
+def test_kinetics_sounds_in_each_layout_and_below_a_folder_called_val(tmp_path):
+    root, parted = tmp_path / "val", ("train", "val")
+    truth = {s: [(f"-b_defgh{s[0]}{k:02d}", k % 7, (0, 26, 29)[k % 3]) for k in range(30)] for s in parted}
+    for s, clips in truth.items():
+        name, lines = data.KINETICS_SOUNDS, []
+        for i, start, k in clips:
+            for folder in f"a/{s}/{name[k]}", f"b/{s}/{name[k].replace(' ', '_')}", f"c/{s}", f"d/{s}":
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                (root / folder / f"{i}_{start:06d}_{start + 10:06d}.mp4").touch()
+            lines.append(f"{i}_{start:06d}_{start + 10:06d},10,{k}" if s == "train" else f"{i}_{start},10,{k}")
+        (root / f"a/{s}/abseiling").mkdir()
+        (root / f"a/{s}/abseiling/---QUuC4vJs_000084_000094.mp4").touch()
+        (root / f"a/{s}/{name[0]}/not a clip.mp4").touch()
+        rows = ["label,youtube_id,time_start,time_end,split", f'"abseiling",---QUuC4vJs,84,94,{s}']
+        rows += [f'"{name[k]}",{i},{start},{start + 10},{s}' for i, start, k in clips]
+        (root / f"c/{s}.csv").write_text("\n".join(rows))
+        (root / f"d/{'test' if s == 'val' else s}.txt").write_text("\n".join(lines))
+    first, *others = [data.kinetics(root / f, split_dir=root / f if f == "d" else None)[0] for f in "abcd"]
+    found = parts(first, lambda c: (c.id[:11], c.label))
+    assert all(c.files["audio"].exists() for c in first) and found["test"] == {(i, k) for i, _, k in truth["val"]}
+    assert found["train"] | found["val"] == {(i, k) for i, _, k in truth["train"]} and not found["train"] & found["val"]
+    assert len(found["val"]) == 3 and {k for _, k in found["val"]} == {0, 26, 29}
+    assert all(parts(clips, lambda c: (c.id[:11], c.label)) == found for clips in others)
+
+
+@needs_real
+def test_kinetics_sounds_of_the_real_lists(tmp_path):
+    (tmp_path / "--4-0ihtnBU_000058_000068.mp4").touch()
+    clips = data.kinetics(tmp_path, split_dir=REAL / "kinetics_sounds")[0]
+    found = parts(clips, lambda c: (c.id[:11], int(c.id[12:]), c.label))
+    split = lambda line: (line[:11], int(line[12:].split(",")[0].split("_")[0]), int(line.split(",")[2]))  # noqa: E731
+    lines = [(REAL / f"kinetics_sounds/{s}.txt").read_text().split() for s in ("train", "test")]
+    train, test = ({split(line) for line in part} for part in lines)
+    assert found["test"] == test and found["train"] | found["val"] == train - test and not found["train"] & found["val"]
+    whole, held = Counter(k for *_, k in train), Counter(k for *_, k in found["val"])
+    assert len(held) == 31 and all(abs(held[k] - 0.1 * whole[k]) <= 1 for k in whole)
+    assert [c.id for c in clips if c.files["visual"].exists()] == ["--4-0ihtnBU_000058"]
+
+
+@pytest.fixture(scope="session")
+def ucf(tmp_path_factory):
+    """4 classes of 12 groups, the first two of them test -> raw folder, {id: reason}; the lists write HandStand."""
+    raw, classes = tmp_path_factory.mktemp("UCF101"), ["ApplyEyeMakeup", "Archery", "HandstandPushups", "YoYo"]
+    lines, films = {"train": [], "test": []}, [film(raw / f"films/{k}.avi", **XVID, seed=k) for k in range(4)]
+    for k, c in enumerate(classes):
+        for g in range(1, 13):
+            for n in 1, 2:
+                link(films[g % 4], raw / f"UCF-101/{c}/v_{c}_g{g:02d}_c{n:02d}.avi")
+                line = f"{c}/v_{c.replace('Handstand', 'HandStand')}_g{g:02d}_c{n:02d}.avi"
+                lines["test" if g < 3 else "train"].append(line if g < 3 else f"{line} {k + 1}")
+    lists = raw / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "classInd.txt").write_text("".join(f"{k} {c}\r\n" for k, c in enumerate(classes, 1)))
+    for split in lines:
+        (lists / f"{split}list01.txt").write_text("\r\n".join(lines[split]) + "\r\n")
+    (raw / "UCF-101/Archery/v_Archery_g05_c01.avi").unlink()
+    replace(raw / "UCF-101/YoYo/v_YoYo_g06_c01.avi", films[0].read_bytes()[:20000])
+    return raw, {"v_Archery_g05_c01": "missing", "v_YoYo_g06_c01": "truncated"}
+
+
+def test_ucf101_holds_out_whole_groups_and_finds_handstand_pushups(ucf):
+    clips, classes, _ = data.ucf101(ucf[0])
+    groups = parts(clips, lambda c: c.id[:-4])
+    assert [len(g) for g in groups.values()] == [36, 4, 8] and len(set.union(*groups.values())) == 48
+    assert {g[-3:] for g in groups["test"]} == {"g01", "g02"} and len({c.label for c in clips if c.split == "val"}) == 4
+    assert all(classes[c.label].lower() == c.id.split("_")[1].lower() for c in clips)
+    assert [c.id for c in clips if not (c.files["visual"].exists() and c.files["flow"].exists())] == ["v_Archery_g05_c01"]
+
+
+@pytest.fixture(scope="session")
+def kinetics(tmp_path_factory):
+    """403 names for six films, so that every class has clips in every part -> raw folder, {id: reason}."""
+    raw = tmp_path_factory.mktemp("kinetics400")
+    films = [film(raw / f"films/{k}.mp4", **H264, seed=k) for k in range(6)]
+    mute, cut = film(raw / "films/mute.mp4", "libx264", options=H264["options"]), film(raw / "films/cut.mp4", **H264)
+    cut.write_bytes(cut.read_bytes()[:9000])
+    for part, n in ("train", 341), ("val", 62):
+        for k in range(n):
+            source = {7: mute, 8: cut}.get(k if part == "train" else -1, films[k % 6])
+            name = data.KINETICS_SOUNDS[k % 31].replace(" ", "_" if k % 2 else " ")
+            link(source, raw / part / name / f"abcdefg{part[0]}{k:03d}_000001_000011.mp4")
+    shutil.rmtree(raw / "films")
+    return raw, {"abcdefgt007_000001": "no sound", "abcdefgt008_000001": "Invalid data"}
+
+
+# --- raw data: preparing --------------------------------------------------------------------------
+
+
+def test_bad_clips_are_skipped_with_their_reasons_and_the_others_are_whole(spoilt, tmp_path):
+    raw, says = spoilt
+    with pytest.raises(data.DataError, match="5 of 93 clips cannot be used, more than --max-bad 5 per cent; the last: .+"):
+        data.prepare("cremad", raw, tmp_path / "strict", size=32, workers=1)
+    folder = data.prepare("cremad", raw, tmp_path, size=32, workers=2, max_bad=20)
+    skipped = {i: reason for _, i, reason in json.loads((folder / "manifest.json").read_text())["skipped"]}
+    assert sorted(skipped) == sorted(says) and [i for i in says if says[i] not in skipped[i]] == []
+    dataset = data.load("cremad", tmp_path)
+    assert len(dataset.train) + len(dataset.val) + len(dataset.test) == 83
+    for part in dataset.train, dataset.val, dataset.test:
+        for row, i, label in zip(part.rows, part.ids, part.labels):
+            assert i not in says and ["ANG", "DIS", "FEA", "HAP", "NEU", "SAD"][label] == i[9:12]
+            longest = 120 if i == "1009_IEO_DIS_MD" else None  # ten seconds
+            frames = frames_by_hand(raw / f"VideoFlash/{i}.flv", 2, 32, longest)
+            np.testing.assert_array_equal(part.arrays["visual"][row], frames)
+            np.testing.assert_array_equal(part.arrays["audio"][row], fbank_by_hand(raw / f"AudioWAV/{i}.wav", 300))
+
+
+def start(raw, out):
+    """`python data.py cremad` in a process group of its own, returned when it is at work."""
+    words = [sys.executable, "data.py", "cremad", "--raw", raw, "--out", out, "--size", "32", "--workers", "2"]
+    process = subprocess.Popen(words, cwd=HERE, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (out / "cremad/plan.json").exists():
+        time.sleep(0.01)
+    return process
+
+
+def test_killed_at_any_time_it_goes_on_and_the_arrays_are_the_same_byte_for_byte(crowd, tmp_path):
+    (raw, undisturbed), folder = crowd, tmp_path / "cremad"
+    journal = folder / "journal.txt"
+    done = lambda: journal.read_text().count("\n") if journal.exists() else 0  # noqa: E731
+    for kill in os.killpg, os.killpg, os.kill:  # at last the command alone: its workers end by themselves
+        process, before = start(raw, tmp_path), done()
+        while kill is os.kill and done() == before and process.poll() is None:  # until more is in the journal
+            time.sleep(0.01)
+        time.sleep(random.random() if kill is os.killpg else 0)
+        kill(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)  # returns when no worker holds the other end any more
+    read, real = [], data.in_parallel
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "in_parallel", lambda work, jobs, workers: read.extend(jobs) or real(work, jobs, workers))
+        rest = 900 - done()
+        data.prepare("cremad", raw, tmp_path, size=32, workers=2)
+    assert len(read) == rest < 900  # what is done is not read again
+    assert arrays(folder) == arrays(undisturbed) and not list(tmp_path.rglob("*.new"))
+    assert (folder / "manifest.json").read_text() == (undisturbed / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize("wait", [0.01, 0.03, 0.5])  # while the workers are started, and later
+def test_ctrl_c_is_one_clear_line_and_exit_130(wait, crowd, tmp_path):
+    process = start(crowd[0], tmp_path)
+    time.sleep(wait)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and told.strip() == "stopped; the same command goes on from here"
+    with pytest.raises(data.DataError, match="other parameters .*size 32, now 48"):
+        data.prepare("cremad", crowd[0], tmp_path, size=48)
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where, size", [("in_parallel", 32), ("write_json", 40)])
+def test_stopped_in_the_middle_of_a_line_of_the_journal_or_before_the_plan(where, size, crema, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, where, stop)
+        data.prepare("cremad", crema, tmp_path, size=32)
+    if where == "in_parallel":
+        (tmp_path / "cremad/journal.txt").write_text("train 1")  # of "train 12\n"
+    folder = data.prepare("cremad", crema, tmp_path, size=size, workers=1)  # before the plan: another size may be taken
+    ids, visual = json.loads((folder / "manifest.json").read_text())["splits"]["train"], np.load(folder / "train/visual.npy")
+    np.testing.assert_array_equal(visual[1], frames_by_hand(crema / f"VideoFlash/{ids[1]}.flv", 2, size))
+
+
+def test_works_under_the_spawn_start_method_and_a_finished_dataset_is_recognised(crema, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import multiprocessing, sys, data\nif __name__ == '__main__':\n"
+                      "    multiprocessing.set_start_method('spawn')\n"
+                      "    data.prepare('cremad', sys.argv[1], sys.argv[2], size=32, workers=2)\n")  # fmt: skip
+    done = command(script, crema, tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert done.returncode == 0, done.stderr
+    spawned = arrays(tmp_path / "cremad")
+    assert len(spawned) == 9 and spawned == arrays(data.prepare("cremad", crema, tmp_path / "here", size=32, workers=1))
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    data.prepare("cremad", crema, tmp_path, size=32)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == times
+    with pytest.raises(data.DataError, match="other parameters .*frames 2, now 3, keep 1, now 5"):
+        data.prepare("cremad", crema, tmp_path, size=32, frames=3, keep=5)
+
+
+@pytest.mark.parametrize("kinds", ["VideoFlash/* AudioWAV/*", "VideoFlash/*"])
+def test_git_lfs_stubs_are_recognised_at_once(kinds, crema, tmp_path):
+    for path in crema.glob("*/*"):
+        link(path, tmp_path / path.relative_to(crema))
+    for kind in kinds.split():
+        for path in tmp_path.glob(kind):
+            replace(path, STUB)
+    with pytest.raises(data.DataError, match=f"git lfs install && git -C {tmp_path} lfs pull"):
+        data.prepare("cremad", tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_disk_space_is_checked_before(crema, tmp_path, monkeypatch):
+    need = 90 * (2 * 50 * 50 * 3 + 128 * 300 * 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need - 1))
+    with pytest.raises(data.DataError, match="0.0 GB are free: give another --out, or a smaller --size"):
+        data.prepare("cremad", crema, tmp_path, size=50)
+    assert not list(tmp_path.rglob("*.npy"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need))
+    assert data.prepare("cremad", crema, tmp_path, size=50).is_dir()
+
+
+@pytest.mark.parametrize("flag", [{"size": 0}, {"size": -3}, {"frames": 0}, {"keep": 0}, {"seconds": -2.0}, {"workers": -1}])
+def test_impossible_parameters_are_refused(flag, crema, tmp_path):
+    with pytest.raises(data.DataError, match=f"{list(flag)[0]}.*{list(flag.values())[0]}"):
+        data.prepare("cremad", crema, tmp_path, **flag)
+
+
+@pytest.mark.parametrize("old, new", [(b"V_MPEG4/ISO/AVC", b"V_NOBODY/S/OWN_"), (b"A song", b"\xc4 \xff\xfe\xe4\xf6")])
+def test_an_unknown_codec_is_one_more_bad_clip_and_a_title_that_is_not_unicode_none(old, new, tmp_path):
+    path = film(tmp_path / "a.mkv", **H264)
+    with av.open(str(path)) as source, av.open(str(tmp_path / "b.mkv"), "w") as titled:
+        streams = {s.index: titled.add_stream_from_template(s) for s in source.streams}
+        titled.metadata["title"] = "A song"
+        for packet in source.demux():
+            if packet.size:
+                packet.stream = streams[packet.stream.index]
+                titled.mux(packet)
+    content = (tmp_path / "b.mkv").read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+    files, specs = {"visual": path, "audio": path}, {"audio": data.fbank_spec(128, 1.0), "visual": data.frames_spec(1, 16)}
+    (tmp_path / "train").mkdir()
+    for m, spec in specs.items():
+        np.save(tmp_path / "train" / m, np.zeros((1, *spec["shape"]), spec["dtype"]))
+    *_, reason = data.prepare_clip(tmp_path, specs, data.Clip("a", 0, "train", files), 0)
+    assert bool(reason) == (b"NOBODY" in new)
+
+
+@pytest.mark.parametrize("name, fixture", [("cremad", "spoilt"), ("kinetics", "kinetics"), ("ucf101", "ucf")])
+def test_from_the_raw_download_to_a_run(name, fixture, request, tmp_path):
+    raw, says = request.getfixturevalue(fixture)
+    sound = () if name == "ucf101" else ("--seconds", 0.3)
+    words = "data.py", name, "--raw", raw, "--out", tmp_path, "--size", 32, "--frames", 1, "--max-bad", 20, *sound
+    done = command(*words)
+    assert done.returncode == 0 and f"{len(says)} skipped" in done.stdout, done.stderr
+    skipped = {i: r for _, i, r in json.loads((tmp_path / name / "manifest.json").read_text())["skipped"]}
+    assert sorted(skipped) == sorted(says) and all(says[i] in skipped[i] and skipped[i] in done.stdout for i in says)
+    run = command("dr.py", "--dataset", name, "--data", tmp_path, "--out", tmp_path / "runs", "--encoder", "small",
+                  "--epochs", 2, "--every", 1, "--device", "cpu")  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    history = [json.loads(line) for line in (tmp_path / f"runs/{name}-dr-0/log.jsonl").read_text().splitlines()]
+    assert len(history) == 2 and set(history[1]["diagnosis"]) == {"visual", "flow" if name == "ucf101" else "audio"}
+
+
+# --- augmentation ---------------------------------------------------------------------------------
+
+
+def a_split(kind, keep=1, same=False):
+    pictures = {"frames": data.frames_spec, "flow": data.flow_spec}
+    spec = pictures[kind](2, 24, keep) if kind in pictures else data.fbank_spec(20, 0.4)
+    array = np.random.default_rng(0).integers(0, 256, (12, *spec["shape"])).astype(spec["dtype"])
+    array = array[:1].repeat(12, 0) if same else array
+    return data.Split({kind: array}, {kind: spec}, np.arange(12), np.arange(12), [str(i) for i in range(12)])
+
+
+@pytest.mark.parametrize("kind", ["frames", "flow", "fbank"])
+def test_augmented_batches_repeat_with_the_seed_and_every_sample_is_drawn_on_its_own(kind):
+    read = lambda seed, split: list(data.batches(split, 5, seed, augmented=True))  # noqa: E731
+    split, changed = a_split(kind), a_split(kind)
+    changed.arrays[kind][4] = 77
+    seeds, splits = [(3, 1), (3, 1), (3, 2), (3, 1)], [split, split, split, changed]
+    for (a, y), (b, z), (other, _), (c, _) in zip(*map(read, seeds, splits)):
+        assert torch.equal(a[kind], b[kind]) and torch.equal(y, z) and not torch.equal(a[kind], other[kind])
+        assert [torch.equal(p, q) for p, q in zip(a[kind], c[kind])] == [k != 4 for k in y.tolist()]
+    x = read(0, a_split(kind, same=True))[0][0][kind]
+    assert not any(torch.equal(x[i], x[j]) for i in range(5) for j in range(i))
+
+
+def test_a_flip_mirrors_the_flow_and_negates_u():
+    x = torch.ones(64, 3, 2, 32, 32)
+    x[:, :, 1] = torch.linspace(0, 1, 32)  # u is 1; v grows to the right
+    y = data.augment(x, "flow", np.random.default_rng(0))
+    slope = (y[:, 0, 1, :, 20] - y[:, 0, 1, :, 12]).mean(1)
+    torch.testing.assert_close(y[:, :, 0], slope.sign().view(-1, 1, 1, 1).expand(64, 3, 32, 32))
+    assert 16 < (slope < 0).sum() < 48 and (y[:, 0] == y[:, 1]).all()  # one crop for all fields of a clip
+
+
+def test_masks_hide_a_band_of_bins_and_of_time_and_nothing_else():
+    x = torch.rand(200, 1, 50, 100) + 1
+    y = data.augment(x.clone(), "fbank", np.random.default_rng(0))
+    hidden = (y == 0)[:, 0]
+    assert torch.equal(y[:, 0][~hidden], x[:, 0][~hidden])
+    bins, times = hidden.all(2), hidden.all(1)
+    assert torch.equal(hidden, bins[:, :, None] | times[:, None])
+    for lines, n in (bins, 50), (times, 100):
+        assert lines.sum(1).max() == n // 5 and lines.sum(1).min() == 0 and (lines.diff(dim=1).sum(1) <= 2).all()
+
+
+def test_of_several_frames_kept_the_middle_one_is_taken_unless_augmented():
+    split = a_split("frames", keep=3)
+    spec, array = split.specs["frames"], split.arrays["frames"]
+    expected = (array[:, [1, 4]].astype(np.float32) - spec["mean"]) / spec["std"]
+    x = data.cut(split, "frames", np.arange(12))
+    np.testing.assert_allclose(x.permute(0, 1, 3, 4, 2).numpy(), expected, rtol=1e-4, atol=1e-5)
+    split.arrays["frames"] = np.broadcast_to(np.arange(6, dtype=np.uint8)[:, None, None, None], array.shape)
+    y = data.cut(split, "frames", np.arange(12).repeat(9), rng=np.random.default_rng(0))[:, :, 0, 12, 12]
+    drawn = np.rint(y.numpy() * spec["std"][0] + spec["mean"][0])
+    assert {tuple(d) for d in drawn} == {(i, j) for i in (0, 1, 2) for j in (3, 4, 5)}
