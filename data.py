@@ -476,6 +476,8 @@ def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, split_dir=None):
             inside = [p for p in found.values() if part in p.relative_to(raw).parts[0]]  # train, val_256, ...
             classes = {p: label.get(p.parent.name.replace("_", " ")) for p in inside}
             wanted += [(split, key(p.stem), k) for p, k in classes.items() if k is not None]
+    if odd := {c for _, _, c in wanted} - set(range(31)):
+        raise DataError(f"{split_dir}: labels are 0 to 30, not {odd.pop()}")
     if not any(k in found for _, k, _ in wanted):
         raise DataError(f"{raw} holds no clip of Kinetics-Sounds: it takes train/<class>/<id>_<start>_<end>.mp4 and\n"
                         "val/<class>/..., or flat folders beside train.csv and val.csv, or --split-dir")  # fmt: skip
@@ -824,7 +826,10 @@ def make_demo(raw, clips=2300, seed=0):
         levels = ["XX"] if emotion == "NEU" else ["XX", *LEVELS]
         names = [f"{a}_{s}_{emotion}_{level}" for a in ACTORS for s in VOWELS for level in levels]
         drawn.append(rng.permutation(names).tolist())
-    names = [name for turn in zip(*drawn) for name in turn][:clips]
+    names = [name for turn in zip(*drawn) for name in turn]
+    if clips > len(names):
+        raise DataError(f"--clips is {len(names):,} at most, not {clips:,}")
+    names = names[:clips]
     for folder in "AudioWAV", "VideoFlash":
         (raw / folder).mkdir(parents=True, exist_ok=True)
     jobs = [(raw, seed, index, name) for index, name in enumerate(names)]
@@ -855,6 +860,8 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     for k, v in {**options, "workers": workers or 1}.items():
         if k in ("frames", "keep", "size", "seconds", "clips", "workers") and v <= 0:
             raise DataError(f"--{k} is more than 0, not {v}")
+    if options.get("keep", 1) % 2 == 0:
+        raise DataError(f"--keep is odd, so that one frame is in the middle, not {options['keep']}")
     for made in (folder / "manifest.json", folder / "plan.json"):
         if made.exists() and (before := json.loads(made.read_text())["options"]) != options:
             changed = ", ".join(f"{k} {before.get(k)}, now {v}" for k, v in options.items() if before.get(k) != v)
@@ -863,8 +870,11 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
         return folder
     raw = Path(raw or folder / "raw")
     if name != "demo" and not raw.is_dir():
-        raise DataError(f"--raw {raw}: no such folder")
-    clips, classes, specs = lister(raw, **options)
+        raise DataError(f"--raw {raw} is no folder")
+    try:
+        clips, classes, specs = lister(raw, **options)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise DataError(f"the lists that say which clips there are cannot be understood: {error!r}") from error
     sample = [p for c in clips[:: max(1, len(clips) // 20)] for p in c.files.values()]
     some = [p for p in sample if isinstance(p, Path) and p.is_file()]
     if some and sum(map(is_stub, some)) >= len(some) / 2:
@@ -941,7 +951,9 @@ def prepare_clip(folder, specs, clip, row):
         arrays = {m: READERS[spec["kind"]](clip.files[m], spec) for m, spec in specs.items()}
         if unfit := [m for m, array in arrays.items() if not np.isfinite(array).all()]:
             raise BadClip(f"{unfit[0]} is not finite")
-    except (BadClip, av.FFmpegError, OSError, ValueError, AttributeError) as error:  # PyAV's, for an unknown codec
+    except av.FFmpegError as error:
+        return clip, row, f"{Path(error.filename or clip.id).name}: {error.strerror}"
+    except (BadClip, OSError, ValueError, AttributeError) as error:  # the last is PyAV's, for an unknown codec
         return clip, row, str(error)
     for m, array in arrays.items():
         path = folder / clip.split / f"{m}.npy"
