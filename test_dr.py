@@ -792,7 +792,8 @@ def test_bad_clips_are_skipped_with_their_reasons_and_the_others_are_whole(spoil
 def start(raw, out):
     """`python data.py cremad` in a process group of its own, returned when it is at work."""
     words = [sys.executable, "data.py", "cremad", "--raw", raw, "--out", out, "--size", "32", "--workers", "2"]
-    process = subprocess.Popen(words, cwd=HERE, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background jobs ignore Ctrl-C
+    process = subprocess.Popen(words, cwd=HERE, start_new_session=True, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     while process.poll() is None and not (out / "cremad/plan.json").exists():
         time.sleep(0.01)
     return process
