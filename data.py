@@ -1,18 +1,21 @@
-"""Prepare and load the datasets: from a raw download to memory-mapped arrays, and from those to batches.
+"""Prepare and load the datasets: from a raw download to memory-mapped arrays,
+and from those to batches.
 
-    python data.py cremad   --raw CREMA-D          # frames from VideoFlash/*.flv, sound from AudioWAV/*.wav
-    python data.py kinetics --raw kinetics400      # Kinetics-Sounds: the 31 classes out of Kinetics-400
-    python data.py ucf101   --raw UCF101           # RGB and optical flow
-    python data.py mosi     --raw aligned_50.pkl   # CMU-MOSI, one pickle of features
-    python data.py demo                            # a miniature CREMA-D, drawn and synthesised: no download
-    python data.py cremad   --show                 # a page of what was prepared, as a picture
+    python data.py cremad   --raw CREMA-D         VideoFlash/ and AudioWAV/
+    python data.py kinetics --raw kinetics400     Kinetics-Sounds' 31 classes
+    python data.py ucf101   --raw UCF101          RGB and optical flow
+    python data.py mosi     --raw aligned_50.pkl  CMU-MOSI, a pickle of features
+    python data.py demo                           drawn on the spot, no download
+    python data.py cremad   --show                a page of what was prepared
+    python data.py cremad   --help                all that can be set
 
-What it leaves behind, and what training reads, is a folder of plain NumPy arrays:
+What it leaves behind, and what training reads, is a folder of NumPy arrays:
 
-    prepared/cremad/manifest.json                  classes, clip ids, parameters, what was skipped and why
-    prepared/cremad/train/visual.npy               (N, T, H, W, 3) uint8
-    prepared/cremad/train/audio.npy                (N, 1, F, T) float16
-    prepared/cremad/train/labels.npy               (N,) int64, -1 for a clip that was skipped
+    prepared/cremad/manifest.json      classes, clip ids, parameters, what was
+                                       skipped and why
+    prepared/cremad/train/visual.npy   (N, T, H, W, 3) uint8
+    prepared/cremad/train/audio.npy    (N, 1, F, T) float16
+    prepared/cremad/train/labels.npy   (N,) int64, -1 if it was skipped
 """
 
 import argparse
@@ -1058,8 +1061,9 @@ def main():
             p.add_argument("--raw", type=Path, help="the download")
         if name == "mosi":
             continue
-        p.add_argument("--workers", type=int, help="processes; None: one a core")
-        p.add_argument("--max-bad", type=float, help="per cent of clips that may be unusable; None: 5, Kinetics 50")
+        p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+        bad = 50.0 if name == "kinetics" else 5.0
+        p.add_argument("--max-bad", type=float, default=bad, help="per cent of clips that may be unusable")
         for option, parameter in list(inspect.signature(LISTERS[name]).parameters.items())[1:]:
             kind = str if parameter.default is None else type(parameter.default)
             p.add_argument("--" + option.replace("_", "-"), type=kind, default=parameter.default, help=OPTIONS[option])
