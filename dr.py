@@ -61,7 +61,7 @@ class Convolutional(nn.Module):
 
 
 def resnet18(shape):
-    """torchvision's ResNet-18 from scratch, for any number of channels; 512 features (paper, Sec. 4.1)."""
+    """torchvision's ResNet-18 from scratch, for any number of channels; 512 features, as in the paper."""
     network = torchvision.models.resnet18(weights=None)
     network.conv1 = nn.Conv2d(shape[-3], 64, kernel_size=7, stride=2, padding=3, bias=False)
     network.fc = nn.Identity()  # what comes out is averaged over space
@@ -154,7 +154,7 @@ def initialise(module):
 
 
 def purity(features, labels, n_clusters, n_init=10, seed=0):
-    """How well k-means clusters of the features agree with the labels, from 1/C to 1 (paper, Sec. 3.2).
+    """How well k-means clusters of the features agree with the labels, from 1/C to 1: the paper's P.
 
         P = 1/N * sum over clusters of the size of the cluster's largest class
 
