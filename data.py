@@ -101,7 +101,14 @@ def load(name, root="prepared", modalities=None):
     folder = Path(root) / name
     if not (folder / "manifest.json").exists():
         raise DataError(how_to_get(name, folder))
-    manifest = json.loads((folder / "manifest.json").read_text())
+    try:
+        return open_arrays(name, folder, json.loads((folder / "manifest.json").read_text()), modalities)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise DataError(f"{folder} is damaged ({error}): delete it and prepare it again") from error
+
+
+def open_arrays(name, folder, manifest, modalities):
+    """The memory maps that a manifest tells of -> Dataset."""
     chosen = list(modalities or manifest["modalities"])
     if unknown := [m for m in chosen if m not in manifest["modalities"]]:
         raise DataError(f"{name} has no modality {', '.join(unknown)}; it has {', '.join(manifest['modalities'])}")

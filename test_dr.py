@@ -186,8 +186,9 @@ def test_the_readmes_own_loop_runs():
 
 @pytest.mark.parametrize("encoder", ["resnet18", "small"])
 def test_encoders_give_one_feature_vector_a_sample(encoder):
-    model = dr.MultimodalModel({"audio": (1, 64, 40), "visual": (2, 3, 64, 64), "flow": (3, 2, 64, 64)}, 5, encoder).eval()
-    inputs = {m: torch.randn(3, *shape) for m, shape in (("audio", (1, 64, 40)), ("visual", (2, 3, 64, 64)), ("flow", (3, 2, 64, 64)))}
+    shapes = {"audio": (1, 64, 40), "visual": (2, 3, 64, 64), "flow": (3, 2, 64, 64)}
+    model = dr.MultimodalModel(shapes, 5, encoder).eval()
+    inputs = {m: torch.randn(3, *shape) for m, shape in shapes.items()}
     features = model.features(inputs)
     assert {f.shape for f in features.values()} == {(3, 512 if encoder == "resnet18" else 128)}
     assert model(inputs).shape == (3, 5)
@@ -203,8 +204,8 @@ def test_resnet18_starts_as_the_official_code_does():
     assert conv.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
     assert model.encoders["audio"].network.conv1.weight.shape == (64, 1, 7, 7)
     scale = model.encoders["audio"].network.layer4[0].bn1
-    assert scale.weight.mean().item() == pytest.approx(1, abs=0.01) and scale.weight.std().item() == pytest.approx(0.02, rel=0.2)
-    assert scale.bias.eq(0).all()
+    assert scale.weight.mean().item() == pytest.approx(1, abs=0.01) and scale.bias.eq(0).all()
+    assert scale.weight.std().item() == pytest.approx(0.02, rel=0.2)
 
 
 def test_sequences_are_averaged_over_what_is_not_padding():
@@ -324,6 +325,18 @@ def test_a_dataset_that_is_not_there(tmp_path):
     assert done.returncode == 2
     assert "git clone" in done.stderr and "python data.py cremad --raw CREMA-D" in done.stderr
     assert "--dataset demo" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name, content", [("manifest.json", b"{"), ("train/visual.npy", b"\x93NUMPY"), ("val/labels.npy", None)]
+)
+def test_a_damaged_dataset_gets_one_clear_line(name, content, prepared, tmp_path):
+    shutil.copytree(prepared / "demo", tmp_path / "demo", ignore=shutil.ignore_patterns("raw"))
+    (tmp_path / "demo" / name).unlink()
+    if content is not None:
+        (tmp_path / "demo" / name).write_bytes(content)
+    with pytest.raises(data.DataError, match="is damaged .* delete it and prepare it again"):
+        data.load("demo", tmp_path)
 
 
 def test_help_is_a_page(tmp_path):
