@@ -374,13 +374,13 @@ class Clip:
     files: dict  # {modality: path}
 
 
-def hold_out(items, labels, n, seed=0):
-    """n of the items at random, every class in its share -> a set."""
+def hold_out(kinds, n, seed=0):
+    """n of the items of {item: kind} at random, every kind in its share -> a set."""
     rng, place = np.random.default_rng(seed), {}
-    for c in sorted(set(labels)):
-        mine = sorted(i for i, label in zip(items, labels) if label == c)
-        place |= {mine[k]: (n_before + 0.5) / len(mine) for n_before, k in enumerate(rng.permutation(len(mine)))}
-    return set(sorted(items, key=lambda i: (place[i], i))[:n])
+    for kind in sorted(set(kinds.values())):
+        mine = sorted(i for i in kinds if kinds[i] == kind)
+        place |= {mine[k]: (rank + 0.5) / len(mine) for rank, k in enumerate(rng.permutation(len(mine)))}
+    return set(sorted(kinds, key=lambda i: (place[i], i))[:n])
 
 
 EMOTIONS = ["ANG", "DIS", "FEA", "HAP", "NEU", "SAD"]
@@ -401,24 +401,24 @@ def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, split="clips", split_di
     if split not in ("clips", "actors"):
         raise DataError(f"--split is clips or actors, not {split}")
     where = read_splits(Path(split_dir), set(ids)) if split_dir else draw_splits(ids, 0.1, 0.1, split == "actors")
-    clips = [
-        Clip(i, EMOTIONS.index(i[9:12]), s,
-             {"audio": raw / "AudioWAV" / f"{i}.wav", "visual": raw / "VideoFlash" / f"{i}.flv"})
-        for i, s in where.items()
-    ]  # fmt: skip
     # one clip of the real set goes on for a minute after a sentence of three seconds
-    return clips, EMOTIONS, {"audio": fbank_spec(128, seconds), "visual": frames_spec(frames, size, keep, longest=10)}
+    specs = {"audio": fbank_spec(128, seconds), "visual": frames_spec(frames, size, keep, longest=10)}
+    return cremad_clips(raw, where), EMOTIONS, specs
+
+
+def cremad_clips(raw, where):
+    """The clips of {id: split} in CREMA-D's layout; ids are <actor>_<sentence>_<emotion>_<level>."""
+    files = lambda i: {"audio": raw / "AudioWAV" / f"{i}.wav", "visual": raw / "VideoFlash" / f"{i}.flv"}  # noqa: E731
+    return [Clip(i, EMOTIONS.index(i[9:12]), split, files(i)) for i, split in where.items()]
 
 
 def draw_splits(ids, val, test, by_actor=False):
     """{id: split}: shares of CREMA-D's clips held out at random, emotions in their shares, or by whole actors."""
-    items = sorted({i[:4] for i in ids}) if by_actor else list(ids)
-    kind = lambda items: [0 if by_actor else i[9:12] for i in items]  # noqa: E731
-    tested = hold_out(items, kind(items), round(test * len(items)))
-    rest = [i for i in items if i not in tested]
-    chosen = hold_out(rest, kind(rest), round(val * len(items)))
-    part = lambda i: "test" if i in tested else "val" if i in chosen else "train"  # noqa: E731
-    return {i: part(i[:4] if by_actor else i) for i in ids}
+    unit = {i: i[:4] if by_actor else i for i in ids}  # what is held out in one piece
+    kinds = {u: "" if by_actor else u[9:12] for u in unit.values()}
+    tested = hold_out(kinds, round(test * len(kinds)))
+    chosen = hold_out({u: k for u, k in kinds.items() if u not in tested}, round(val * len(kinds)))
+    return {i: "test" if u in tested else "val" if u in chosen else "train" for i, u in unit.items()}
 
 
 def read_splits(folder, known):
@@ -448,10 +448,8 @@ def demo(raw, clips=2300, seed=0):
 
     1,200 / 300 / 800 clips at the default size; one frame of 48 x 48 pixels, 48 mel bands, 1.2 s.
     """
-    where = draw_splits(make_demo(raw, clips, seed), 300 / 2300, 800 / 2300)
-    listed, classes, _ = cremad(raw)
-    listed = [Clip(c.id, c.label, where[c.id], c.files) for c in listed if c.id in where]
-    return listed, classes, {"audio": fbank_spec(48, 1.2, shift=25.0), "visual": frames_spec(1, 48)}
+    where = draw_splits(sorted(make_demo(raw, clips, seed)), 300 / 2300, 800 / 2300)
+    return cremad_clips(raw, where), EMOTIONS, {"audio": fbank_spec(48, 1.2, shift=25.0), "visual": frames_spec(1, 48)}
 
 
 KINETICS_SOUNDS = """blowing nose, blowing out candles, bowling, chopping wood, dribbling basketball, laughing,
@@ -491,8 +489,8 @@ def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, split_dir=None):
     if not any(k in found for _, k, _ in wanted):
         raise DataError(f"{raw} holds no clip of Kinetics-Sounds: it takes train/<class>/<id>_<start>_<end>.mp4 and\n"
                         "val/<class>/..., or flat folders beside train.csv and val.csv, or --split-dir")  # fmt: skip
-    train = [k for s, k, _ in wanted if s == "train"]
-    chosen = hold_out(train, [c for s, _, c in wanted if s == "train"], round(0.1 * len(train)))
+    train = {k: c for split, k, c in wanted if split == "train"}
+    chosen = hold_out(train, round(0.1 * len(train)))
     clips = {}
     for split, k, c in wanted:
         i = f"{k[0]}_{k[1]:06d}"
@@ -522,19 +520,20 @@ def ucf101(raw, frames=3, keep=1, size=224, fold=1):
         lines = (lists.parent / f"{split}list{fold:02d}.txt").read_text().splitlines()
         names = [line.split()[0] for line in lines if line.strip()]
         groups = {n: n.rsplit("_", 1)[0] for n in names}  # Class/v_Class_gNN
-        unique = sorted(set(groups.values()))
-        chosen = hold_out(unique, [g.split("/")[0] for g in unique], round(0.1 * len(unique)))
+        kinds = {g: g.split("/")[0] for g in groups.values()}
+        chosen = hold_out(kinds, round(0.1 * len(kinds))) if split == "train" else ()
         for n in names:
             stem = Path(n).stem
             video = found.get(stem.lower(), raw / n)
             folder = flow.get(stem.lower())
             files = {"flow": (folder, u.parent / "v" / folder.name) if folder else video, "visual": video}
-            part = "val" if split == "train" and groups[n] in chosen else split
+            part = "val" if groups[n] in chosen else split
             clips.append(Clip(stem, classes.index(n.split("/")[0]), part, files))
     return clips, classes, {"flow": flow_spec(frames, size, keep), "visual": frames_spec(frames, size, keep)}
 
 
 LISTERS = {"demo": demo, "cremad": cremad, "kinetics": kinetics, "ucf101": ucf101}
+MAX_BAD = {"kinetics": 50.0}  # many of its clips are gone
 OPTIONS = {  # what the listers' arguments mean, for --help
     "frames": "frames a clip, at the middles of equal segments",
     "keep": "frames kept of each segment, for --augment to draw from; odd, so that one is the middle",
@@ -860,7 +859,7 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     Every clip has its row in arrays that are made at full size first; workers write rows in place, and a
     journal says which are safely on disk. Stopped at any moment, the same call goes on, and the arrays come
     out the same byte for byte. Raises DataError for all that the user can mend, among it more than `max_bad`
-    per cent of clips that cannot be used (default 5; 50 for Kinetics, which withers). Returns the folder.
+    per cent of clips that cannot be used (default MAX_BAD, else 5). Returns the folder.
     """
     if name == "mosi":
         return prepare_mosi(Path(raw), out)
@@ -902,7 +901,7 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     todo = [(c, r) for c in clips if f"{c.split} {(r := row[c.split][c.id])}" not in done]
 
     bad, safe, saved = [], [], time.monotonic()
-    allowed = (50 if name == "kinetics" else 5) if max_bad is None else max_bad
+    allowed = MAX_BAD.get(name, 5.0) if max_bad is None else max_bad
     progress = tqdm(total=len(clips), initial=len(clips) - len(todo), unit=" clips", desc=name, disable=None, ncols=78)
     try:
         with progress, closing(in_parallel(partial(prepare_clip, folder, specs), todo, workers)) as results:
@@ -1069,7 +1068,7 @@ def main():
         if name == "mosi":
             continue
         p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-        bad = 50.0 if name == "kinetics" else 5.0
+        bad = MAX_BAD.get(name, 5.0)
         p.add_argument("--max-bad", type=float, default=bad, help="per cent of clips that may be unusable")
         for option, parameter in list(inspect.signature(LISTERS[name]).parameters.items())[1:]:
             kind = str if parameter.default is None else type(parameter.default)
