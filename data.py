@@ -1082,7 +1082,8 @@ def main():
             raise DataError(f"--raw is missing. {how_to_get(name, out / name)}")
         folder = prepare(**args)
     except (DataError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
+        hint = "" if isinstance(error, DataError) else "; when that is mended, the same command goes on"
+        print(f"data.py: {error}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
