@@ -124,6 +124,28 @@ def open_arrays(name, folder, manifest, modalities):
     return Dataset(**splits, classes=manifest["classes"], shapes=shapes)
 
 
+def add_noise(dataset, modality, level):
+    """Gaussian noise on every clip of one modality, `level` times as strong as the modality's own standard deviation.
+
+    A clip keeps its noise over the epochs, as a bad recording does, so that it can be learnt by heart. The noisy
+    array is held in memory; padding stays 0. Raises DataError if the dataset has no such modality of real numbers.
+    """
+    if modality not in dataset.shapes:
+        raise DataError(f"no {modality} to put noise on; there is {', '.join(dataset.shapes)}")
+    train = dataset.train.arrays[modality]
+    if train.dtype.kind != "f":
+        raise DataError(f"noise goes on spectrograms and feature sequences, not on {modality}")
+    spread = train[dataset.train.rows[:1000]].std(dtype=np.float64)
+    for seed, split in enumerate((dataset.train, dataset.val, dataset.test)):
+        rng, clean = np.random.default_rng(seed), split.arrays[modality]
+        noisy = np.zeros(clean.shape, clean.dtype)
+        for row in split.rows:
+            noise = level * spread * rng.standard_normal(clean.shape[1:], np.float32)
+            present = (clean[row] != 0).any(-1, keepdims=True) if split.specs[modality]["kind"] == "sequence" else 1
+            noisy[row] = clean[row] + noise * present
+        split.arrays[modality] = noisy
+
+
 def cut(split, modality, rows, device="cpu", rng=None):
     """Rows of one modality as a normalised float tensor; augmented if given a random generator.
 
@@ -749,9 +771,11 @@ def act(look, expression, talk, rng):
     ramp = Image.linear_gradient("L").resize(wall.size).convert("RGB")
     image, pictures = Image.blend(wall, ramp, -0.12), {}  # brighter above
     draw = ImageDraw.Draw(image)
+
     def paint(colour, edge, back=()):
         z = x + 1j * (y + 6) + turn * np.concatenate([edge, back[::-1]])
         draw.polygon(z.view(float).tolist(), mix(BLACK, colour, light))
+
     draw_face(paint, look, expression)
     silent, talk = image.copy(), np.round(4 * talk) / 4  # few mouths, each drawn once, to save time
     for opening in set(talk):

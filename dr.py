@@ -19,20 +19,30 @@ runs/<name>/.
 """
 
 import argparse
+import csv
+import itertools
 import json
 import math
+import os
+import pickle
+import subprocess
 import sys
+import textwrap
 import time
-from dataclasses import asdict, dataclass, field, fields
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from scipy import stats
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import TSNE
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -46,26 +56,27 @@ import data
 # ---------------------------------------------------------------------------------------------------
 
 
-class Convolutional(nn.Module):
-    """A 2-D network on spectrograms (B, 1, F, T) or on frame stacks (B, T, C, H, W), averaged over time."""
+class PictureEncoder(nn.Module):
+    """A network from pictures (B, C, H, W) to maps (B, D, h, w), for spectrograms (B, 1, F, T) and for frame stacks
+    (B, T, C, H, W), which are folded into the batch; its features are the mean over space and time."""
 
     def __init__(self, network, width):
         super().__init__()
         self.network, self.width = network, width
 
+    def tokens(self, x):  # one a place of a map -> (B, T*h*w, D), no padding
+        pictures = x if x.dim() == 4 else x.flatten(0, 1)  # (B*T, C, H, W)
+        return self.network(pictures).flatten(2).mT.reshape(len(x), -1, self.width), None
+
     def forward(self, x):
-        if x.dim() == 4:
-            return self.network(x)  # (B, D)
-        B, T = x.shape[:2]
-        return self.network(x.flatten(0, 1)).view(B, T, -1).mean(1)  # (B*T, C, H, W) -> (B*T, D) -> (B, D)
+        return masked_mean(*self.tokens(x))  # (B, D)
 
 
 def resnet18(shape):
     """torchvision's ResNet-18 from scratch, for any number of channels; 512 features, as in the paper."""
     network = torchvision.models.resnet18(weights=None)
     network.conv1 = nn.Conv2d(shape[-3], 64, kernel_size=7, stride=2, padding=3, bias=False)
-    network.fc = nn.Identity()  # what comes out is averaged over space
-    return Convolutional(network, 512)
+    return PictureEncoder(nn.Sequential(OrderedDict(list(network.named_children())[:-2])), 512)  # no pooling, no head
 
 
 def small_resnet(shape, widths=(16, 32, 64, 128)):
@@ -74,7 +85,13 @@ def small_resnet(shape, widths=(16, 32, 64, 128)):
     for before, after in zip(widths, widths[1:]):
         shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride=2, bias=False), nn.BatchNorm2d(after))
         layers.append(BasicBlock(before, after, stride=2, downsample=shortcut))
-    return Convolutional(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), widths[-1])
+    return PictureEncoder(nn.Sequential(*layers), widths[-1])
+
+
+def transformer(width, layers):
+    """`layers` pre-norm self-attention layers on tokens (B, N, width), and a last LayerNorm."""
+    layer = nn.TransformerEncoderLayer(width, nhead=4, dim_feedforward=4 * width, batch_first=True, norm_first=True)
+    return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
 
 
 class SequenceTransformer(nn.Module):
@@ -85,14 +102,22 @@ class SequenceTransformer(nn.Module):
         self.width = width
         self.embed = nn.Linear(shape[-1], width)
         self.position = nn.Parameter(0.02 * torch.randn(shape[0], width))
-        layer = nn.TransformerEncoderLayer(width, nhead=4, dim_feedforward=4 * width, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+        self.layers = transformer(width, layers)
+
+    def tokens(self, x):  # one a time step -> (B, T, width), and which of them are padding (B, T)
+        padding = (x == 0).all(-1)
+        padding[:, 0] &= ~padding.all(1)  # nothing at all: look at the first step, so that there is a mean
+        return self.layers(self.embed(x) + self.position, src_key_padding_mask=padding), padding
 
     def forward(self, x):
-        present = (x != 0).any(-1)  # (B, T)
-        present[:, 0] |= ~present.any(1)  # nothing at all: look at the first step, so that there is a mean
-        x = self.layers(self.embed(x) + self.position, src_key_padding_mask=~present)  # (B, T, width)
-        return (x * present[..., None]).sum(1) / present.sum(1, keepdim=True)
+        return masked_mean(*self.tokens(x))
+
+
+def masked_mean(tokens, padding):
+    """The mean over those of the tokens (B, N, D) that are not padding (B, N) -> (B, D)."""
+    if padding is None:
+        return tokens.mean(1)
+    return tokens.masked_fill(padding[..., None], 0).sum(1) / (~padding).sum(1, keepdim=True)
 
 
 ENCODERS = {"resnet18": resnet18, "small": small_resnet, "transformer": SequenceTransformer}
@@ -136,7 +161,15 @@ class MultimodalModel(nn.Module):
         return {m: encoder(inputs[m]) for m, encoder in self.encoders.items()}
 
     def forward(self, inputs):
+        if isinstance(self.fusion, Bottleneck):
+            return self.fusion({m: encoder.tokens(inputs[m]) for m, encoder in self.encoders.items()})
         return self.fusion(self.features(inputs))
+
+    def own(self, m):
+        """What belongs to modality m and is re-learnt with it: its encoder; and in a Bottleneck its layers, too."""
+        if isinstance(self.fusion, Bottleneck):
+            return nn.ModuleList([self.encoders[m], self.fusion.layers[m]])
+        return self.encoders[m]
 
 
 def initialise(module):
@@ -234,6 +267,140 @@ def soft_reinit(module, init_state, strength):
 
 
 # ---------------------------------------------------------------------------------------------------
+# 5  What else there is to compare with: an encoder, fusions, ablations
+# ---------------------------------------------------------------------------------------------------
+
+
+class PatchTransformer(nn.Module):
+    """A small Vision Transformer (Dosovitskiy et al. 2021), from pictures (B, C, H, W) to maps (B, D, h, w)."""
+
+    def __init__(self, shape, width=128, layers=4):
+        super().__init__()
+        patch = 8 if shape[-2] <= 64 else 16
+        self.embed = nn.Conv2d(shape[-3], width, patch, stride=patch)
+        self.position = nn.Parameter(0.02 * torch.randn(width, shape[-2] // patch, shape[-1] // patch))
+        self.layers = transformer(width, layers)
+
+    def forward(self, x):
+        x = self.embed(x) + self.position  # (B, D, h, w)
+        return self.layers(x.flatten(2).mT).mT.unflatten(2, x.shape[2:])
+
+
+class Sum(nn.Module):
+    """A linear classifier per modality; their logits are added."""
+
+    def __init__(self, widths, n_classes):
+        super().__init__()
+        self.heads = nn.ModuleDict({m: nn.Linear(width, n_classes) for m, width in widths.items()})
+
+    def forward(self, features):
+        return sum(head(features[m]) for m, head in self.heads.items())
+
+
+class FiLM(nn.Module):
+    """The first modality scales and shifts the features of the second (Perez et al. 2018)."""
+
+    def __init__(self, widths, n_classes):
+        super().__init__()
+        self.first, self.second = pair(widths)
+        self.film = nn.Linear(widths[self.first], 2 * widths[self.second])
+        self.head = nn.Linear(widths[self.second], n_classes)
+
+    def forward(self, features):
+        gamma, beta = self.film(features[self.first]).chunk(2, 1)  # (B, D) each
+        return self.head(gamma * features[self.second] + beta)
+
+
+class Gated(nn.Module):
+    """The first modality opens and closes the features of the second (Kiela et al. 2018)."""
+
+    def __init__(self, widths, n_classes, width=512):
+        super().__init__()
+        self.first, self.second = pair(widths)
+        self.gate, self.value = nn.Linear(widths[self.first], width), nn.Linear(widths[self.second], width)
+        self.head = nn.Linear(width, n_classes)
+
+    def forward(self, features):
+        return self.head(self.gate(features[self.first]).sigmoid() * self.value(features[self.second]))
+
+
+def pair(widths):
+    if len(widths) != 2:
+        raise data.DataError(f"film and gated join two modalities, not {len(widths)}: name two with --modalities")
+    return widths
+
+
+class Bottleneck(nn.Module):
+    """The modalities' tokens meet only in a few shared bottleneck tokens (MBT, Nagrani et al. 2021).
+
+    In every layer a modality's tokens and the bottleneck attend to each other, by weights of the modality's own;
+    the bottleneck goes on as the mean of what the modalities made of it. These layers work on the tokens of one
+    modality, so they belong to it and are re-learnt with its encoder; the bottleneck and the classifier, which is
+    one for all modalities (their logits are averaged), belong to none and are left alone.
+    """
+
+    def __init__(self, widths, n_classes, width=128, size=4, layers=2):
+        super().__init__()
+        self.bottleneck = nn.Parameter(0.02 * torch.randn(size, width))
+        self.layers = nn.ModuleDict(
+            {m: nn.ModuleList([nn.Linear(w, width), *(transformer(width, 1) for _ in range(layers))])
+             for m, w in widths.items()}
+        )  # fmt: skip
+        self.head = nn.Linear(width, n_classes)
+
+    def forward(self, tokens):  # {modality: tokens (B, N, D), padding (B, N) or None}
+        x, S = {m: self.layers[m][0](t) for m, (t, _) in tokens.items()}, len(self.bottleneck)
+        padding = {m: None if p is None else F.pad(p, (S, 0)) for m, (_, p) in tokens.items()}
+        shared = self.bottleneck.expand(len(next(iter(x.values()))), -1, -1)  # (B, S, width)
+        for k in range(1, len(self.layers[next(iter(x))])):
+            y = {m: self.layers[m][k](torch.cat([shared, x[m]], 1), src_key_padding_mask=padding[m]) for m in x}
+            x, shared = {m: y[m][:, S:] for m in y}, sum(y[m][:, :S] for m in y) / len(y)
+        means = [masked_mean(x[m], tokens[m][1]) for m in x]
+        return self.head(torch.stack(means)).mean(0)
+
+
+# D&R with one thing changed; each is a --method.
+ABLATIONS = {
+    "dr-same": "one strength for all modalities, from their mean gap",
+    "dr-hard": "strength 1, back to the initial weights",
+    "dr-largest": "only the modality with the largest gap",
+    "dr-smallest": "only the modality with the smallest gap",
+    "dr-statistics": "batch-norm's running statistics, too",
+    "dr-momentum": "the optimiser's momentum set to 0, too",
+    "dr-new": "towards new random weights",
+}
+
+
+def relearning_strengths(gaps, lam, method="dr"):
+    """{modality: g} -> {modality: a}, by D&R or by one of its ablations."""
+    strengths = {m: relearning_strength(g, lam) for m, g in gaps.items()}
+    if method == "dr-same":
+        return dict.fromkeys(gaps, relearning_strength(sum(gaps.values()) / len(gaps), lam))
+    if method == "dr-hard":
+        return dict.fromkeys(gaps, 1.0)
+    if method in ("dr-largest", "dr-smallest"):
+        chosen = (max if method == "dr-largest" else min)(gaps, key=gaps.get)
+        return {m: a if m == chosen else 0.0 for m, a in strengths.items()}
+    return strengths
+
+
+@torch.no_grad()
+def reset_more(part, init_state, strength, optimiser, method):
+    """What two ablations treat besides the parameters: running statistics, momentum."""
+    if method == "dr-statistics":
+        for name, buffer in part.named_buffers():
+            if buffer.is_floating_point():  # not the count of batches
+                buffer.lerp_(init_state[name].to(buffer), strength)
+    if method == "dr-momentum" and strength > 0:
+        for parameter in part.parameters():
+            optimiser.state[parameter]["momentum_buffer"].zero_()
+
+
+ENCODERS["vit"] = lambda shape: PictureEncoder(PatchTransformer(shape), 128)
+FUSIONS |= {"sum": Sum, "film": FiLM, "gated": Gated, "mbt": Bottleneck}
+
+
+# ---------------------------------------------------------------------------------------------------
 # 6  Training and evaluating
 # ---------------------------------------------------------------------------------------------------
 
@@ -248,6 +415,9 @@ PRESETS = {
 }
 
 
+METHODS = ["dr", "joint", *ABLATIONS]
+
+
 def flag(default, help, choices=None):
     return field(default=default, metadata={"help": help, "choices": choices})
 
@@ -257,10 +427,13 @@ class Config:
     """Everything that a run depends on; every field is a flag. What is None comes from the dataset's preset."""
 
     dataset: str = flag("demo", "what to train on", list(PRESETS))
-    method: str = flag("dr", "dr: diagnose and re-learn; joint: diagnose only", ["dr", "joint"])
-    modalities: str = flag("", "which, such as visual or audio,visual; all if not given")
-    encoder: str = flag("auto", "of pictures and spectrograms; auto: by their size", ["auto", "resnet18", "small"])
+    method: str = flag("dr", "dr: diagnose and re-learn; joint: diagnose only; or an ablation", METHODS)
+    modalities: str = flag("", "which, such as visual or audio+visual; all if not given")
+    encoder: str = flag(
+        "auto", "of pictures and spectrograms; auto: by their size", ["auto", "resnet18", "small", "vit"]
+    )
     fusion: str = flag("concat", "how the features are joined", list(FUSIONS))
+    noise_audio: float = flag(0.0, "noise on the sound, in standard deviations of it")
     augment: bool = flag(False, "crops, flips and masks in training; the official code runs without")
     lam: float = flag(3.0, "lambda in a = tanh(lambda * gap)")
     every: int = flag(None, "H: diagnose after epochs H, 2H, ..., counted from 0")
@@ -271,28 +444,38 @@ class Config:
     momentum: float = flag(0.9, "momentum of SGD")
     weight_decay: float = flag(1e-4, "weight decay of SGD")
     n_init: int = flag(10, "restarts of k-means")
+    track_purity: bool = flag(False, "after each epoch, the purity of the test set's features")
     seed: int = flag(0, "of the initial weights and of the order of batches")
     device: str = flag("auto", "cpu, cuda or mps; auto: the best there is")
     data: str = flag("prepared", "folder of the prepared datasets")
     out: str = flag("runs", "folder of the runs")
-    name: str = flag("", "of the run; made of dataset, method and seed if not given")
+    name: str = flag("", "of the run; made of what is not default if not given")
 
     def __post_init__(self):
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{f.name} is one of {', '.join(choices)}, not {value!r}")
+        self.modalities = self.modalities.replace(",", "+")
         for key, value in PRESETS[self.dataset].items():
             if getattr(self, key) is None:
                 setattr(self, key, value)
-        for key, least in dict(every=1, epochs=1, batch_size=1, n_init=1, times=0, lam=0).items():
+        for key, least in dict(every=1, epochs=1, batch_size=1, n_init=1, times=0, lam=0, noise_audio=0).items():
             if getattr(self, key) < least:
                 raise ValueError(f"{key} is {least} or more, not {getattr(self, key)}")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
         if not self.name:
-            parts = [self.dataset, self.method, self.modalities.replace(",", "+"), str(self.seed)]
-            self.name = "-".join(filter(None, parts))
+            elsewhere = ("method", "seed", "device", "data", "out", "name")
+            more = {k: v for k, v in changed(self).items() if k not in elsewhere}
+            words = [v if k == "modalities" else f"{k}={v}" for k, v in more.items()]
+            self.name = "-".join([self.dataset, self.method, *words, str(self.seed)])
+
+
+def changed(config):
+    """{field: value} of what is not the default of a config's dataset."""
+    usual = Config(dataset=config.dataset, name="-")
+    return {k: v for k, v in asdict(config).items() if v != getattr(usual, k)}
 
 
 @torch.no_grad()
@@ -337,14 +520,13 @@ def train(config):
     """Train one model -> its history, one dict per epoch, and files in <out>/<name>/.
 
     An entry holds epoch (from 0), loss, train, val and test accuracy in per cent, val_f1 and test_f1, seconds;
-    after a diagnosed epoch also diagnosis {modality: {train, val, gap, strength}} and relearnt (true or false).
+    after a diagnosed epoch also diagnosis {modality: {train, val, gap, strength}} and relearnt (true or false);
+    with --track-purity also test_purity {modality: P}.
     """
     dataset = load_dataset(config)
     device, n_classes = config.device, len(dataset.classes)
     torch.manual_seed(config.seed)
-    model = MultimodalModel(dataset.shapes, n_classes, config.encoder, config.fusion)
-    model.to(device, memory_format=torch.channels_last)
-    initial = {m: {k: v.clone() for k, v in e.state_dict().items()} for m, e in model.encoders.items()}  # theta_init
+    model, initial = make_model(config, dataset)
     optimiser = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
     folder = start_run(config, model, dataset)
 
@@ -355,22 +537,32 @@ def train(config):
         val, test = (evaluate(model, split, device=device) for split in (dataset.val, dataset.test))
         entry = {"epoch": epoch, "loss": loss, "train": accuracy, "val": val["accuracy"], "test": test["accuracy"],
                  "val_f1": val["macro_f1"], "test_f1": test["macro_f1"]}  # fmt: skip
+        if config.track_purity:
+            x, y = extract_features(model, dataset.test, device=device)
+            entry["test_purity"] = {m: purity(f, y, n_classes, config.n_init) for m, f in x.items()}
         if best is None or entry["val"] > best["val"]:
             best = entry
             checkpoint = {"config": asdict(config), "epoch": epoch, "model": model.state_dict(), "initial": initial}
             data.write_whole(folder / "best.pt", lambda file, c=checkpoint: torch.save(c, file))
 
         if epoch % config.every == 0 and epoch > 0:
-            gaps = diagnose(model, dataset.train, dataset.val, n_classes, config.n_init, device=device)
+            found = diagnose(model, dataset.train, dataset.val, n_classes, config.n_init, device=device)
+            strengths = relearning_strengths({m: g for m, (_, _, g) in found.items()}, config.lam, config.method)
             entry["diagnosis"] = {
-                m: {"train": p_train, "val": p_val, "gap": g, "strength": relearning_strength(g, config.lam)}
-                for m, (p_train, p_val, g) in gaps.items()
+                m: {"train": p_train, "val": p_val, "gap": g, "strength": strengths[m]}
+                for m, (p_train, p_val, g) in found.items()
             }
-            entry["relearnt"] = config.method == "dr" and relearnt < config.times
+            entry["relearnt"] = config.method != "joint" and relearnt < config.times
             if entry["relearnt"]:
                 relearnt += 1
-                for m, diagnosis in entry["diagnosis"].items():
-                    soft_reinit(model.encoders[m], initial[m], diagnosis["strength"])
+                target = initial
+                if config.method == "dr-new":
+                    with torch.random.fork_rng(devices=[]):
+                        torch.default_generator.manual_seed(1000 * (config.seed + 1) + epoch)
+                        target = make_model(config, dataset)[1]
+                for m, strength in strengths.items():
+                    soft_reinit(model.own(m), target[m], strength)
+                    reset_more(model.own(m), target[m], strength, optimiser, config.method)
 
         entry["seconds"] = time.perf_counter() - start
         history.append(entry)
@@ -385,10 +577,32 @@ def load_dataset(config):
     """The prepared dataset of a config; the demo is made if it is not there."""
     if config.dataset == "demo" and not (Path(config.data) / "demo" / "manifest.json").exists():
         data.prepare("demo", out=config.data)
-    dataset = data.load(config.dataset, config.data, [m for m in config.modalities.split(",") if m])
+    dataset = data.load(config.dataset, config.data, config.modalities.split("+") if config.modalities else None)
     if min(len(dataset.train), len(dataset.val)) < len(dataset.classes):
         raise data.DataError("a diagnosis takes at least as many training and validation clips as there are classes")
+    if config.noise_audio:
+        data.add_noise(dataset, "audio", config.noise_audio)
     return dataset
+
+
+def make_model(config, dataset):
+    """The model of a config, and a copy of its initial weights -> model, {modality: state_dict of what is its own}."""
+    model = MultimodalModel(dataset.shapes, len(dataset.classes), config.encoder, config.fusion)
+    model.to(config.device, memory_format=torch.channels_last)
+    return model, {m: {k: v.clone() for k, v in model.own(m).state_dict().items()} for m in model.encoders}
+
+
+def load_checkpoint(path, **changes):
+    """A run's best.pt -> its model, dataset and config; `changes` replace what has moved, such as data or device."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        config = Config(**{**checkpoint["config"], **changes})
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise data.DataError(f"{path} is no checkpoint that this dr.py wrote, or it is damaged") from error
+    dataset = load_dataset(config)
+    model, _ = make_model(config, dataset)
+    model.load_state_dict(checkpoint["model"])
+    return model, dataset, config
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -402,6 +616,7 @@ def start_run(config, model, dataset):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     (folder / "log.jsonl").write_text("")
+    (folder / "summary.json").unlink(missing_ok=True)  # only a finished run has one
     sizes = " / ".join(f"{len(s):,}" for s in (dataset.train, dataset.val, dataset.test))
     print(f"{config.name}: {sizes} clips for training / validation / test, {len(dataset.classes)} classes")
     for m, encoder in model.encoders.items():
@@ -431,9 +646,10 @@ def report_run(config, folder, history, best, probes):
     last, lucky = history[-1], max(history, key=lambda e: e["test"])
     summary = {"best_val_epoch": best["epoch"], "accuracy": best["test"], "macro_f1": best["test_f1"],
                "last_accuracy": last["test"], "last_macro_f1": last["test_f1"], "best_test_accuracy": lucky["test"],
-               "probe": probes, "seconds": sum(e["seconds"] for e in history)}  # fmt: skip
+               "probe": probes, "strength": mean_strengths(history),
+               "seconds": sum(e["seconds"] for e in history)}  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    draw_curves(history, folder / "curves.png", config.name)
+    draw_curves(history, folder / "curves.png", config.name, "python dr.py " + " ".join(flags_of(config)))
     print(f"\n{config.name}, on the test set                     accuracy    macro F1")
     print(f"  at the best validation epoch, {best['epoch']:<3}         {best['test']:10.1f} % {best['test_f1']:9.1f} %")
     print(f"  at the last epoch, {last['epoch']:<3}                    {last['test']:10.1f} % {last['test_f1']:9.1f} %")
@@ -443,46 +659,343 @@ def report_run(config, folder, history, best, probes):
     print(f"{summary['seconds']:.0f} s; config, log, weights and curves are in {folder}/")
 
 
-def draw_curves(history, path, title):
-    """Accuracy, purity gap and re-learning strength over the epochs (after the paper's Fig. 4)."""
+def mean_strengths(history):
+    """{modality: mean strength of a run's re-learnings}, empty if there was none."""
+    strengths = [{m: d["strength"] for m, d in e["diagnosis"].items()} for e in history if e.get("relearnt")]
+    return {m: sum(a[m] for a in strengths) / len(strengths) for m in (strengths[0] if strengths else ())}
+
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, and markers that need no colour
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = "os^Dv<>"
+
+
+def draw_curves(history, path, title, caption=""):
+    """Accuracy, purity gap, re-learning strength and, if tracked, test purity over the epochs (paper, Fig. 4)."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(3, 1, figsize=(7, 7.5), sharex=True, height_ratios=(2, 1, 1), layout="constrained")
-    for key, name, style in (("train", "training", "0.6"), ("val", "validation", "C2"), ("test", "test", "black")):
-        axes[0].plot([e["epoch"] for e in history], [e[key] for e in history], color=style, label=name)
     diagnosed = [e for e in history if "diagnosis" in e]
-    for axis, key, shown in (
-        (axes[1], "gap", diagnosed),
-        (axes[2], "strength", [e for e in diagnosed if e["relearnt"]]),
-    ):
-        for k, m in enumerate(shown[0]["diagnosis"] if shown else ()):
-            values = [e["diagnosis"][m][key] for e in shown]
-            colour, marker = f"C{(0, 1, 3, 4, 5)[k % 5]}", "os^Dv"[k % 5]
-            axis.plot([e["epoch"] for e in shown], values, color=colour, marker=marker, label=m)
+    relearnt = [e for e in diagnosed if e["relearnt"]]
+    panels = [
+        ("purity gap g", diagnosed, lambda e, m: e["diagnosis"][m]["gap"]),
+        ("strength a", relearnt, lambda e, m: e["diagnosis"][m]["strength"]),
+        ("test purity P", [e for e in history if "test_purity" in e], lambda e, m: e["test_purity"][m]),
+    ]
+    panels = panels if "test_purity" in history[0] else panels[:2]
+    rows = 1 + len(panels)
+    figure, axes = plt.subplots(rows, 1, figsize=(7, 3 + 2 * len(panels)), sharex=True, layout="constrained",
+                                height_ratios=[2] + [1] * len(panels))  # fmt: skip
+    for key, name, colour, style in (("train", "training", "0.6", "-"), ("val", "validation", COLOURS[2], "--"),
+                                     ("test", "test", "black", "-")):  # fmt: skip
+        axes[0].plot([e["epoch"] for e in history], [e[key] for e in history], style, color=colour, label=name)
     axes[0].set(ylabel="accuracy in %", ylim=(0, 102), title=title)
-    axes[1].set(ylabel="purity gap g", ylim=(0, None))
-    axes[2].set(ylabel="strength a", ylim=(0, 1.05), xlabel="epoch; grey lines: re-learning")
+    for axis, (label, shown, value) in zip(axes[1:], panels):
+        for k, m in enumerate(diagnosed[0]["diagnosis"] if diagnosed else ()):
+            often = len(shown) == len(history)  # a value an epoch is a curve, a few are points
+            axis.plot([e["epoch"] for e in shown], [value(e, m) for e in shown], label=m, color=COLOURS[k % 7],
+                      marker=MARKERS[k % 7], markersize=3 if often else 6)  # fmt: skip
+        axis.set(ylabel=label, ylim=(0, 1.05) if label == "strength a" else (0, None))
+    axes[-1].set(xlabel="epoch; grey lines: re-learning")
     for axis in axes:
-        for e in diagnosed:
-            if e["relearnt"]:
-                axis.axvline(e["epoch"], color="0.85", zorder=0)
-        if axis.lines and axis.get_legend_handles_labels()[0]:
+        for e in relearnt:
+            axis.axvline(e["epoch"], color="0.85", zorder=0)
+        if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    save_figure(figure, path, caption)
+
+
+def draw_tsne(paths, out=None, **changes):
+    """t-SNE of each encoder's features of the test set, coloured by class: a row a checkpoint, a panel a modality
+    (paper, Fig. 3). Written beside the first checkpoint, if `out` names no other place -> its path."""
+    import matplotlib.pyplot as plt
+
+    loaded = [load_checkpoint(path, **changes) for path in paths]
+    columns = max(len(dataset.shapes) for _, dataset, _ in loaded)
+    figure, axes = plt.subplots(len(loaded), columns, figsize=(3.4 * columns + 1.2, 3.5 * len(loaded)),
+                                squeeze=False, layout="constrained")  # fmt: skip
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for k, (row, (model, dataset, config)) in enumerate(zip(axes, loaded)):
+        features, labels = extract_features(model, dataset.test, device=config.device)
+        few = len(dataset.classes) <= 7
+        for axis, (m, x) in zip(row, features.items()):
+            perplexity = min(30, (len(x) - 1) / 3)
+            x2 = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(
+                StandardScaler().fit_transform(x)
+            )
+            for c, name in enumerate(dataset.classes):
+                colour = COLOURS[c] if few else plt.cm.hsv(c / len(dataset.classes))
+                marker = MARKERS[c] if few else "o"
+                axis.scatter(*x2[labels == c].T, s=9, linewidths=0, color=colour, marker=marker, label=name)
+            axis.set_title(f"{config.name}\n{m}, purity {purity(x, labels, len(dataset.classes)):.2f}", fontsize=10)
+        if few and row is axes[0]:
+            row[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+    out = Path(out or Path(paths[0]).parent / "tsne.png")
+    save_figure(figure, out, "python dr.py --tsne " + " ".join(map(str, paths)))
+    return out
+
+
+def save_figure(figure, path, caption=""):
+    """Write a picture, without frames, with the command that made it below it."""
+    import matplotlib.pyplot as plt
+
+    for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
+    if caption:
+        wrap = textwrap.TextWrapper(int(figure.get_figwidth() * 15), break_on_hyphens=False).wrap
+        lines = [line for part in caption.splitlines() for line in wrap(part)]
+        below = (0.1 + 0.13 * len(lines)) / figure.get_figheight()
+        figure.get_layout_engine().set(rect=(0, below, 1, 1 - below))
+        figure.text(0.01, 0.01, "\n".join(lines), family="monospace", fontsize=7, color="0.35")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------
-# 8  Command line
+# 8  Experiments: a grid of configs, averaged over seeds
+# ---------------------------------------------------------------------------------------------------
+
+
+def parse_grid(words):
+    """["method=joint,dr", "seed=0,1"] -> {"method": ["joint", "dr"], "seed": [0, 1]}; raises ValueError."""
+    kinds, grid = {f.name: f.type for f in fields(Config)}, {}
+    for word in words:
+        key, _, values = word.partition("=")
+        key = key.replace("-", "_")
+        if key not in kinds or key in ("name", "out", "data", "device") or not values:
+            raise ValueError(f"--sweep takes words such as method=joint,dr or seed=0,1,2, not {word!r}")
+        convert = (lambda v: {"false": False, "true": True}[v.lower()]) if kinds[key] is bool else kinds[key]
+        try:
+            grid[key] = [convert(value) for value in values.split(",")]
+        except (ValueError, KeyError):
+            raise ValueError(f"{word}: {key} takes values of type {kinds[key].__name__}") from None
+    return grid
+
+
+def flags_of(config):
+    """The command line of a run: the words that follow `python dr.py`."""
+    words = ["--dataset", config.dataset]
+    for key, value in changed(replace(config, name="")).items():
+        if key != "name":
+            words += ["--" + key.replace("_", "-")] + ([] if value is True else [str(value)])
+    return words + (["--name", config.name] if config.name != replace(config, name="").name else [])
+
+
+def is_done(config):
+    """Has this very run been finished, on whatever device?"""
+    folder = Path(config.out) / config.name
+    if not (folder / "summary.json").exists():
+        return False
+    was, place = json.loads((folder / "config.json").read_text()), ("device", "data", "out")
+    return {k: v for k, v in was.items() if k not in place} == {
+        k: v for k, v in asdict(config).items() if k not in place
+    }
+
+
+def run_all(configs, jobs=None):
+    """Train what is not done yet, side by side: a process a GPU, or a CPU core, or `jobs` of them.
+
+    Two runs on a core each get further than one run on both; what each run prints goes to output.txt in its folder.
+    """
+    todo = [c for c in configs if not is_done(c)]
+    gpus = torch.cuda.device_count() if configs[0].device == "cuda" else 0
+    jobs = jobs or gpus or (os.cpu_count() if configs[0].device == "cpu" else 1)
+    total, epochs = sum(c.epochs for c in configs), sum(c.epochs for c in configs if c not in todo)
+    bar = tqdm(total=total, initial=epochs, desc=f"{len(configs)} runs", unit="epoch", disable=None, ncols=78)
+    running, failed = {}, []  # running: {slot: (config, process)}
+    try:
+        while todo or running:
+            for slot in set(range(jobs)) - set(running):
+                if todo:
+                    running[slot] = start_process(todo.pop(0), slot % gpus if gpus else None)
+            time.sleep(0.2)
+            for slot, (config, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[slot]
+                    epochs += config.epochs
+                    if process.returncode:
+                        failed.append(config)
+                    else:
+                        tqdm.write(f"{config.name}: {read_metrics(config)['accuracy']:.1f} %")
+            bar.n = epochs + sum(map(epochs_logged, (config for config, _ in running.values())))
+            bar.refresh()
+    finally:
+        bar.close()
+        for _, process in running.values():
+            process.terminate()
+            process.wait()
+    if failed:
+        says = [(Path(c.out) / c.name / "output.txt").read_text().strip().splitlines()[-1:] for c in failed]
+        lines = [f"  {c.name}: {' '.join(words) or 'killed'}" for c, words in zip(failed, says)]
+        raise data.DataError(
+            f"{len(failed)} of {len(configs)} runs failed; the same command tries them again\n" + "\n".join(lines)
+        )
+
+
+def start_process(config, gpu):
+    """Train one config in a process of its own: on one GPU, or on one core -> (config, process)."""
+    folder = Path(config.out) / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.jsonl").unlink(missing_ok=True)
+    place = {"OMP_NUM_THREADS": "1"}
+    if gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        place = {"CUDA_VISIBLE_DEVICES": visible.split(",")[gpu] if visible else str(gpu)}
+    command = [sys.executable, __file__, *flags_of(config)]
+    with open(folder / "output.txt", "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | place)
+    return config, process
+
+
+def epochs_logged(config):
+    log = Path(config.out) / config.name / "log.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def sweep(words, base, jobs=None, name=""):
+    """Run the grid that `words` span over the flags `base`, and report it: table, CSV, picture -> rows of the table."""
+    grid = parse_grid(words)
+    configs = [Config(**{**base, **dict(zip(grid, values))}) for values in itertools.product(*grid.values())]
+    for config in {c.dataset: c for c in configs}.values():
+        load_dataset(config)  # the demo is made once; what is not there is missed here, not in every run
+    run_all(configs, jobs)
+
+    names = [key for key in grid if key != "seed"] or ["method"]
+    rows = {}  # {values of the swept fields: {seed: {metric: value}}}
+    for c in configs:
+        rows.setdefault(tuple(getattr(c, key) for key in names), {})[c.seed] = read_metrics(c)
+    stem = Path(base["out"]) / (name or "sweep-" + "-".join([base["dataset"], *names]))
+    caption = "python dr.py " + " ".join([*flags_of(Config(**base)), "--sweep", *words])
+    write_csv(names, rows, f"{stem}.csv")
+    table = list(table_columns(names, grid, rows))
+    note = "± standard deviation over seeds; vs: paired over seeds, ± half its 95 % interval"
+    Path(f"{stem}.md").write_text(f"    {caption}\n\n{markdown(table)}\n\n{note}\n", encoding="utf-8")
+    draw_sweep(names, rows, f"{stem}.png", caption)
+    print(f"\n{markdown(table, width=80)}\n\n{note}\n{stem}.md, .csv and .png; the runs are in {base['out']}/")
+    return rows
+
+
+def read_metrics(config):
+    """What a finished run came to -> {metric: value}."""
+    summary = json.loads((Path(config.out) / config.name / "summary.json").read_text())
+    metrics = {"accuracy": summary["accuracy"], "macro F1": summary["macro_f1"]}
+    metrics |= {f"probe {m}": accuracy for m, accuracy in summary["probe"].items()}
+    return metrics | {f"strength {m}": a for m, a in summary["strength"].items()}
+
+
+def metrics_of(rows):
+    """All metrics that any of the runs has, in order."""
+    return list(dict.fromkeys(key for runs in rows.values() for metrics in runs.values() for key in metrics))
+
+
+def table_columns(names, grid, rows):
+    """Yield (title, cells): mean ± standard deviation over seeds; differences paired over seeds, with the half-width
+    of their 95 % interval (Student's t)."""
+
+    def spread(values, digits, sign="", scale=1):
+        if not values:
+            return ""
+        mean = f"{np.mean(values):{sign}.{digits}f}"
+        return mean if len(values) == 1 else f"{mean} ± {scale * np.std(values, ddof=1):.{digits}f}"
+
+    def difference(key, reference):
+        pairs = [rows[key][s]["accuracy"] - rows[reference][s]["accuracy"] for s in rows[key] if s in rows[reference]]
+        half = stats.t.ppf(0.975, len(pairs) - 1) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0
+        return "" if key == reference else spread(pairs, 1, "+", half)
+
+    for k, name in enumerate(names):
+        yield name, [str(key[k]) for key in rows]
+    for metric in metrics_of(rows):
+        digits = 2 if metric.startswith("strength") else 1
+        yield metric, [spread([r[metric] for r in runs.values() if metric in r], digits) for runs in rows.values()]
+        if metric == "accuracy":
+            first = next(iter(rows))
+            yield "vs first row", [difference(key, first) for key in rows]
+            if "method" in names and len(names) > 1:  # to the first method, all else equal
+                at, method = names.index("method"), grid["method"][0]
+                yield f"vs {method}", [difference(key, (*key[:at], method, *key[at + 1 :])) for key in rows]
+
+
+def markdown(columns, width=10**6):
+    """Columns (title, cells) as a Markdown table; as several, each with the first column, where it would be wider."""
+    columns = [[title, *cells] for title, cells in columns]
+    first, *others = [[f" {cell:<{max(map(len, column))}} " for cell in column] for column in columns]
+    blocks = [[first]]
+    for column in others:
+        if sum(len(c[0]) + 1 for c in (*blocks[-1], column)) >= width:
+            blocks.append([first])
+        blocks[-1].append(column)
+    texts = []
+    for block in blocks:
+        head, *body = ["|" + "|".join(row) + "|" for row in zip(*block)]
+        texts.append("\n".join([head, "".join(c if c == "|" else "-" for c in head), *body]))
+    return "\n\n".join(texts)
+
+
+def write_csv(names, rows, path):
+    """One line a run: the swept fields, the seed, every metric."""
+    metrics = metrics_of(rows)
+    with open(path, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow([*names, "seed", *metrics])
+        for key, runs in rows.items():
+            table.writerows([*key, seed, *(r.get(m, "") for m in metrics)] for seed, r in runs.items())
+
+
+def draw_sweep(names, rows, path, caption):
+    """A panel a metric. Over a field of numbers: lines, with a band of one standard deviation; else bars, and a dot
+    for each seed."""
+    import matplotlib.pyplot as plt
+
+    metrics = [m for m in metrics_of(rows) if m != "macro F1"]
+    values = {m: {key: [r[m] for r in runs.values() if m in r] for key, runs in rows.items()} for m in metrics}
+    numeric = [k for k, value in enumerate(next(iter(rows))) if not isinstance(value, str)]
+    x = numeric[0] if numeric and len({key[numeric[0]] for key in rows}) > 1 else None
+    across, down = min(3, len(metrics)), math.ceil(len(metrics) / 3)
+    height = 1.0 + 0.26 * len(rows) if x is None else 2.5
+    figure, axes = plt.subplots(down, across, figsize=(2.7 * across + 1.4, height * down + 0.4), squeeze=False,
+                                sharey=x is None, layout="constrained")  # fmt: skip
+    for axis in axes.flat[len(metrics) :]:
+        axis.set_axis_off()
+    for axis, metric in zip(axes.flat, metrics):
+        shown = {key: (np.mean(v), np.std(v, ddof=min(1, len(v) - 1))) for key, v in values[metric].items() if v}
+        unit = metric if metric.startswith("strength") else f"{metric} in %"
+        if x is None:
+            for y, key in enumerate(rows):
+                if key in shown:
+                    mean, sd = shown[key]
+                    axis.barh(y, mean, xerr=sd, color=COLOURS[5], ecolor="0.3", height=0.7)
+                    axis.plot(values[metric][key], [y] * len(values[metric][key]), ".", color="black", markersize=3)
+            axis.set(yticks=range(len(rows)), yticklabels=[", ".join(map(str, key)) for key in rows], xlabel=unit)
+            axis.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
+            continue
+        lines = dict.fromkeys(key[:x] + key[x + 1 :] for key in rows)
+        for k, line in enumerate(lines):
+            keys = sorted((key for key in shown if key[:x] + key[x + 1 :] == line), key=lambda key: key[x])
+            at, mean, sd = [key[x] for key in keys], *np.array([shown[key] for key in keys]).reshape(-1, 2).T
+            axis.plot(
+                at, mean, color=COLOURS[k % 7], marker=MARKERS[k % 7], markersize=5, label=", ".join(map(str, line))
+            )
+            axis.fill_between(at, mean - sd, mean + sd, color=COLOURS[k % 7], alpha=0.2, linewidth=0)
+        axis.set(xlabel=names[x], ylabel=unit)
+    if x is not None:
+        caption = f"{names[x]}: {Config.__dataclass_fields__[names[x]].metadata['help']}\n{caption}"
+        if len(names) > 1:
+            axes[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    save_figure(figure, path, caption)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 9  Command line
 # ---------------------------------------------------------------------------------------------------
 
 
 def parse(arguments=None):
-    """Flags to a Config: every field of Config is one."""
+    """The command line -> (fields of Config that were given, what is no field of Config: sweep, jobs, tsne)."""
     parser = argparse.ArgumentParser(usage="python dr.py [--flag value ...]", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.epilog = "presets:\n" + "\n".join(
+    parser.epilog = "ablations, each a --method:\n" + "\n".join(f"  {k:<14} {v}" for k, v in ABLATIONS.items())
+    parser.epilog += "\n\npresets:\n" + "\n".join(
         f"  {name:<9}" + "  ".join(f"{k} {v}" for k, v in preset.items()) for name, preset in PRESETS.items()
     )
     for f in fields(Config):
@@ -491,20 +1004,37 @@ def parse(arguments=None):
         text += "" if default is False or default == "" else f" ({default})"
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default, metavar="")
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
+    parser.add_argument("--sweep", nargs="+", metavar="FIELD=A,B", help="run a grid, average it over seeds, report it")
+    parser.add_argument("--jobs", type=int, metavar="", help="runs of a sweep side by side (one a GPU, or a CPU core)")
+    parser.add_argument("--tsne", nargs="+", metavar="BEST.PT", help="draw the test features of these checkpoints")
+    given = vars(parser.parse_args(arguments))
+    extra = {key: given.pop(key) for key in ("sweep", "jobs", "tsne")}
     try:
-        return Config(**vars(parser.parse_args(arguments)))
+        for values in itertools.product(*(grid := parse_grid(extra["sweep"] or ())).values()):
+            Config(**{**given, **dict(zip(grid, values))})
+        if extra["jobs"] is not None and extra["jobs"] < 1:
+            raise ValueError(f"--jobs is 1 or more, not {extra['jobs']}")
     except ValueError as error:
         parser.error(str(error))
+    return given, SimpleNamespace(**extra)
 
 
 def main():
     try:
-        train(parse())
+        given, extra = parse()
+        if extra.tsne:
+            print(draw_tsne(extra.tsne, data=given["data"], device=given["device"]))
+        elif extra.sweep:
+            sweep(extra.sweep, {**given, "name": ""}, extra.jobs, given["name"])
+        else:
+            train(Config(**given))
     except (data.DataError, FloatingPointError, OSError) as error:
         print(f"dr.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        print(
+            "\nstopped" + ("; the same command does what is missing" if "--sweep" in sys.argv else ""), file=sys.stderr
+        )
         sys.exit(130)
 
 
