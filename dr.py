@@ -13,6 +13,8 @@ encoder is pulled back towards its initial weights, the further the larger g:
     python dr.py --method joint        the same network, trained and left alone
     python dr.py --method joint --modalities audio       one modality alone
     python dr.py --dataset cremad      after python data.py cremad --raw ...
+    python dr.py --sweep method=joint,dr seed=0,1,2      a grid, over seeds
+    python dr.py --tsne runs/demo-dr-0/best.pt           its features, drawn
 
 A run leaves config.json, log.jsonl, summary.json, best.pt and curves.png in
 runs/<name>/.
@@ -34,6 +36,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
@@ -672,8 +675,6 @@ MARKERS = "os^Dv<>"
 
 def draw_curves(history, path, title, caption=""):
     """Accuracy, purity gap, re-learning strength and, if tracked, test purity over the epochs (paper, Fig. 4)."""
-    import matplotlib.pyplot as plt
-
     diagnosed = [e for e in history if "diagnosis" in e]
     relearnt = [e for e in diagnosed if e["relearnt"]]
     panels = [
@@ -707,8 +708,6 @@ def draw_curves(history, path, title, caption=""):
 def draw_tsne(paths, out=None, **changes):
     """t-SNE of each encoder's features of the test set, coloured by class: a row a checkpoint, a panel a modality
     (paper, Fig. 3). Written beside the first checkpoint, if `out` names no other place -> its path."""
-    import matplotlib.pyplot as plt
-
     loaded = [load_checkpoint(path, **changes) for path in paths]
     columns = max(len(dataset.shapes) for _, dataset, _ in loaded)
     figure, axes = plt.subplots(len(loaded), columns, figsize=(3.4 * columns + 1.2, 3.5 * len(loaded)),
@@ -719,16 +718,14 @@ def draw_tsne(paths, out=None, **changes):
         features, labels = extract_features(model, dataset.test, device=config.device)
         few = len(dataset.classes) <= 7
         for axis, (m, x) in zip(row, features.items()):
-            perplexity = min(30, (len(x) - 1) / 3)
-            x2 = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(
-                StandardScaler().fit_transform(x)
-            )
+            plane = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=0)
+            x2 = plane.fit_transform(StandardScaler().fit_transform(x))  # (N, 2)
             for c, name in enumerate(dataset.classes):
                 colour = COLOURS[c] if few else plt.cm.hsv(c / len(dataset.classes))
                 marker = MARKERS[c] if few else "o"
                 axis.scatter(*x2[labels == c].T, s=9, linewidths=0, color=colour, marker=marker, label=name)
             axis.set_title(f"{config.name}\n{m}, purity {purity(x, labels, len(dataset.classes)):.2f}", fontsize=10)
-        if few and row is axes[0]:
+        if few and k == 0:
             row[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
     out = Path(out or Path(paths[0]).parent / "tsne.png")
     save_figure(figure, out, "python dr.py --tsne " + " ".join(map(str, paths)))
@@ -737,8 +734,6 @@ def draw_tsne(paths, out=None, **changes):
 
 def save_figure(figure, path, caption=""):
     """Write a picture, without frames, with the command that made it below it."""
-    import matplotlib.pyplot as plt
-
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     if caption:
@@ -786,10 +781,8 @@ def is_done(config):
     folder = Path(config.out) / config.name
     if not (folder / "summary.json").exists():
         return False
-    was, place = json.loads((folder / "config.json").read_text()), ("device", "data", "out")
-    return {k: v for k, v in was.items() if k not in place} == {
-        k: v for k, v in asdict(config).items() if k not in place
-    }
+    place = {key: getattr(config, key) for key in ("device", "data", "out")}
+    return json.loads((folder / "config.json").read_text()) | place == asdict(config)
 
 
 def run_all(configs, jobs=None):
@@ -826,10 +819,9 @@ def run_all(configs, jobs=None):
             process.wait()
     if failed:
         says = [(Path(c.out) / c.name / "output.txt").read_text().strip().splitlines()[-1:] for c in failed]
-        lines = [f"  {c.name}: {' '.join(words) or 'killed'}" for c, words in zip(failed, says)]
-        raise data.DataError(
-            f"{len(failed)} of {len(configs)} runs failed; the same command tries them again\n" + "\n".join(lines)
-        )
+        lines = [f"\n  {c.name}: {' '.join(words) or 'killed'}" for c, words in zip(failed, says)]
+        count = f"{len(failed)} of {len(configs)} runs failed; the same command tries them again"
+        raise data.DataError(count + "".join(lines))
 
 
 def start_process(config, gpu):
@@ -896,7 +888,7 @@ def table_columns(names, grid, rows):
         if not values:
             return ""
         mean = f"{np.mean(values):{sign}.{digits}f}"
-        return mean if len(values) == 1 else f"{mean} ± {scale * np.std(values, ddof=1):.{digits}f}"
+        return mean if len(values) == 1 else f"{mean} ± {scale * deviation(values):.{digits}f}"
 
     def difference(key, reference):
         pairs = [rows[key][s]["accuracy"] - rows[reference][s]["accuracy"] for s in rows[key] if s in rows[reference]]
@@ -945,44 +937,52 @@ def write_csv(names, rows, path):
 def draw_sweep(names, rows, path, caption):
     """A panel a metric. Over a field of numbers: lines, with a band of one standard deviation; else bars, and a dot
     for each seed."""
-    import matplotlib.pyplot as plt
-
     metrics = [m for m in metrics_of(rows) if m != "macro F1"]
-    values = {m: {key: [r[m] for r in runs.values() if m in r] for key, runs in rows.items()} for m in metrics}
-    numeric = [k for k, value in enumerate(next(iter(rows))) if not isinstance(value, str)]
-    x = numeric[0] if numeric and len({key[numeric[0]] for key in rows}) > 1 else None
+    columns = list(zip(*rows))  # the values of each swept field
+    x = next((k for k, c in enumerate(columns) if len(set(c)) > 1 and type(c[0]) in (int, float)), None)
     across, down = min(3, len(metrics)), math.ceil(len(metrics) / 3)
-    height = 1.0 + 0.26 * len(rows) if x is None else 2.5
-    figure, axes = plt.subplots(down, across, figsize=(2.7 * across + 1.4, height * down + 0.4), squeeze=False,
-                                sharey=x is None, layout="constrained")  # fmt: skip
+    size = (2.7 * across + 1.4, down * (1.0 + 0.26 * len(rows) if x is None else 2.5) + 0.4)
+    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, sharey=x is None, layout="constrained")
     for axis in axes.flat[len(metrics) :]:
         axis.set_axis_off()
     for axis, metric in zip(axes.flat, metrics):
-        shown = {key: (np.mean(v), np.std(v, ddof=min(1, len(v) - 1))) for key, v in values[metric].items() if v}
+        values = {key: [r[metric] for r in runs.values() if metric in r] for key, runs in rows.items()}
         unit = metric if metric.startswith("strength") else f"{metric} in %"
         if x is None:
-            for y, key in enumerate(rows):
-                if key in shown:
-                    mean, sd = shown[key]
-                    axis.barh(y, mean, xerr=sd, color=COLOURS[5], ecolor="0.3", height=0.7)
-                    axis.plot(values[metric][key], [y] * len(values[metric][key]), ".", color="black", markersize=3)
-            axis.set(yticks=range(len(rows)), yticklabels=[", ".join(map(str, key)) for key in rows], xlabel=unit)
-            axis.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
-            continue
-        lines = dict.fromkeys(key[:x] + key[x + 1 :] for key in rows)
-        for k, line in enumerate(lines):
-            keys = sorted((key for key in shown if key[:x] + key[x + 1 :] == line), key=lambda key: key[x])
-            at, mean, sd = [key[x] for key in keys], *np.array([shown[key] for key in keys]).reshape(-1, 2).T
-            axis.plot(
-                at, mean, color=COLOURS[k % 7], marker=MARKERS[k % 7], markersize=5, label=", ".join(map(str, line))
-            )
-            axis.fill_between(at, mean - sd, mean + sd, color=COLOURS[k % 7], alpha=0.2, linewidth=0)
-        axis.set(xlabel=names[x], ylabel=unit)
+            draw_bars(axis, values)
+            axis.set(xlabel=unit)
+        else:
+            draw_lines(axis, values, x)
+            axis.set(xlabel=names[x], ylabel=unit)
     if x is not None:
         caption = f"{names[x]}: {Config.__dataclass_fields__[names[x]].metadata['help']}\n{caption}"
         if len(names) > 1:
             axes[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, path, caption)
+
+
+def deviation(values):
+    return np.std(values, ddof=1) if len(values) > 1 else 0
+
+
+def draw_bars(axis, values):  # {key: values of the seeds}, some of which may be empty
+    for y, v in enumerate(values.values()):
+        if v:
+            axis.barh(y, np.mean(v), xerr=deviation(v), color=COLOURS[5], ecolor="0.3", height=0.7)
+            axis.plot(v, [y] * len(v), ".", color="black", markersize=3)
+    axis.set(yticks=range(len(values)), yticklabels=[", ".join(map(str, key)) for key in values])
+    axis.set_ylim(len(values) - 0.4, -0.6)  # the first row on top
+
+
+def draw_lines(axis, values, x):  # over field number x of the keys; a line for each value of the others
+    for k, line in enumerate(dict.fromkeys(key[:x] + key[x + 1 :] for key in values)):
+        keys = sorted(
+            (key for key, v in values.items() if v and key[:x] + key[x + 1 :] == line), key=lambda key: key[x]
+        )
+        at, mean = [key[x] for key in keys], np.array([np.mean(values[key]) for key in keys])
+        sd, colour = np.array([deviation(values[key]) for key in keys]), COLOURS[k % 7]
+        axis.plot(at, mean, color=colour, marker=MARKERS[k % 7], markersize=5, label=", ".join(map(str, line)))
+        axis.fill_between(at, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1032,9 +1032,8 @@ def main():
         print(f"dr.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "\nstopped" + ("; the same command does what is missing" if "--sweep" in sys.argv else ""), file=sys.stderr
-        )
+        missing = "; the same command does what is missing" if "--sweep" in sys.argv else ""
+        print(f"\nstopped{missing}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -17,10 +17,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 import scipy.io.wavfile
 import scipy.signal
+import scipy.stats
 import torch
 from PIL import Image
 from sklearn.cluster import KMeans
@@ -38,7 +41,9 @@ needs_real = pytest.mark.skipif(REAL is None, reason="DR_REAL names no folder of
 def blobs(sizes, seed=0):
     """Well separated clusters, given as {class: size} each -> features (N, 2), labels (N,)."""
     rng = np.random.default_rng(seed)
-    parts = [(100 * k + rng.normal(size=(n, 2)), np.full(n, c)) for k, blob in enumerate(sizes) for c, n in blob.items()]
+    parts = [
+        (100 * k + rng.normal(size=(n, 2)), np.full(n, c)) for k, blob in enumerate(sizes) for c, n in blob.items()
+    ]
     return tuple(np.concatenate(part) for part in zip(*parts))
 
 
@@ -120,7 +125,10 @@ def test_interpolation_against_numpy():
     treated = {f"encoders.audio.{name}" for name, _ in model.encoders["audio"].named_parameters()}
     for name, now in model.state_dict().items():
         if name in treated:
-            theta, theta_init = before[name].double().numpy(), init[name.removeprefix("encoders.audio.")].double().numpy()
+            theta, theta_init = (
+                before[name].double().numpy(),
+                init[name.removeprefix("encoders.audio.")].double().numpy(),
+            )
             np.testing.assert_allclose(now.numpy(), (1 - a) * theta + a * theta_init, rtol=1e-5, atol=1e-6)
             assert not torch.equal(now, before[name])
         else:  # other modalities, the head, running statistics
@@ -184,7 +192,7 @@ def test_the_readmes_own_loop_runs():
 # --- encoders and the model -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoder", ["resnet18", "small"])
+@pytest.mark.parametrize("encoder", ["resnet18", "small", "vit"])
 def test_encoders_give_one_feature_vector_a_sample(encoder):
     shapes = {"audio": (1, 64, 40), "visual": (2, 3, 64, 64), "flow": (3, 2, 64, 64)}
     model = dr.MultimodalModel(shapes, 5, encoder).eval()
@@ -234,14 +242,14 @@ def prepared(tmp_path_factory):
 
 
 def config(prepared, out, **more):
-    more = {"epochs": 6, "every": 2, "times": 1, "batch_size": 16, **more}
+    more = {"epochs": 6, "every": 2, "times": 1, "batch_size": 16, "name": "run", **more}
     return dr.Config(dataset="demo", data=str(prepared), out=str(out), device="cpu", **more)
 
 
 @pytest.fixture(scope="session")
 def run(prepared, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
-    return out / "demo-dr-0", dr.train(config(prepared, out))
+    return out / "run", dr.train(config(prepared, out))
 
 
 def test_a_run_diagnoses_and_relearns_on_schedule(run):
@@ -262,7 +270,7 @@ def test_a_run_repeats_bit_for_bit(run, prepared, tmp_path):
     folder, history = run
     again = dr.train(config(prepared, tmp_path))
     assert without_seconds(again) == without_seconds(history)
-    first, second = (torch.load(f / "best.pt", weights_only=True)["model"] for f in (folder, tmp_path / "demo-dr-0"))
+    first, second = (torch.load(f / "best.pt", weights_only=True)["model"] for f in (folder, tmp_path / "run"))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert without_seconds(dr.train(config(prepared, tmp_path, seed=1))) != without_seconds(history)
 
@@ -344,6 +352,292 @@ def test_help_is_a_page(tmp_path):
     assert "lambda in a = tanh" in text and max(map(len, text.splitlines())) <= 80
 
 
+# --- other fusions, another encoder, ablations ----------------------------------------------------
+
+TWO, THREE = {m: SHAPES[m] for m in ("audio", "visual")}, SHAPES
+
+
+@pytest.mark.parametrize("encoder", ["small", "resnet18", "vit"])
+@pytest.mark.parametrize("fusion", list(dr.FUSIONS))
+def test_every_pair_learns_and_relearning_changes_only_what_is_a_modalitys_own(encoder, fusion):
+    torch.manual_seed(0)
+    shapes = TWO if fusion in ("film", "gated") else THREE
+    model = dr.MultimodalModel(shapes, 4, encoder, fusion)
+    initial = {k: v.clone() for k, v in model.own("audio").state_dict().items()}
+    inputs, labels = {m: torch.randn(12, *shape) for m, shape in shapes.items()}, torch.arange(12) % 4
+    optimiser = torch.optim.SGD(model.parameters(), 0.01, 0.9)
+    losses = []
+    for _ in range(8):
+        loss = torch.nn.functional.cross_entropy(model(inputs), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert min(losses[4:]) < losses[0]
+    assert all(p.grad is not None for p in model.parameters())  # nothing is left out of the graph
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    dr.soft_reinit(model.own("audio"), initial, 0.5)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    own = tuple(["encoders.audio."] + ["fusion.layers.audio."] * (fusion == "mbt"))
+    ours = {k for k, _ in model.named_parameters() if k.startswith(own)}
+    unmoved = ours - changed  # biases that the loss does not feel, such as that of attention's keys
+    assert changed <= ours and all(torch.allclose(before[k], torch.zeros(()), atol=1e-3) for k in unmoved)
+    assert len(changed) > 0.9 * len(ours)
+
+
+def test_fusions_are_their_formulas():
+    torch.manual_seed(0)
+    x = {"a": torch.randn(5, 3), "b": torch.randn(5, 4)}
+    a, b = (v.double().numpy() for v in x.values())
+    linear = lambda layer, v: v @ layer.weight.detach().double().numpy().T + layer.bias.detach().double().numpy()  # noqa: E731
+    total, film, gated = (dr.FUSIONS[name]({"a": 3, "b": 4}, 6) for name in ("sum", "film", "gated"))
+    scale = linear(film.film, a)
+    gate = 1 / (1 + np.exp(-linear(gated.gate, a)))
+    for fusion, expected in (
+        (total, linear(total.heads["a"], a) + linear(total.heads["b"], b)),
+        (film, linear(film.head, scale[:, :4] * b + scale[:, 4:])),
+        (gated, linear(gated.head, gate * linear(gated.value, b))),
+    ):
+        np.testing.assert_allclose(fusion(x).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", ["film", "gated"])
+def test_fusions_of_a_pair_refuse_three(fusion):
+    with pytest.raises(data.DataError, match="two modalities, not 3"):
+        dr.MultimodalModel(THREE, 4, "small", fusion)
+
+
+def test_modalities_meet_in_the_bottleneck_only():
+    torch.manual_seed(0)
+    one, two = (dr.Bottleneck({"a": 3, "b": 4}, 6, width=8, layers=n).eval() for n in (1, 2))
+    a, b = torch.randn(2, 1, 5, 3), torch.randn(2, 1, 7, 4)
+    for fusion, additive in ((one, True), (two, False)):  # after one layer, neither has yet seen the other
+        f = {(i, j): fusion({"a": (a[i], None), "b": (b[j], None)}) for i in (0, 1) for j in (0, 1)}
+        mixed = f[0, 0] - f[0, 1] - f[1, 0] + f[1, 1]
+        assert torch.allclose(mixed, torch.zeros(()), atol=1e-5) == additive
+
+
+def test_mbt_does_not_see_padding():
+    torch.manual_seed(0)
+    shapes = {"text": (6, 4), "vision": (5, 3)}
+    model = dr.MultimodalModel(shapes, 3, fusion="mbt").eval()
+    inputs = {m: torch.randn(2, *shape) for m, shape in shapes.items()}
+    inputs["text"][0, 3:] = 0
+    short = dr.MultimodalModel(shapes | {"text": (3, 4)}, 3, fusion="mbt").eval()
+    short.load_state_dict({k: v[:3] if k == "encoders.text.position" else v for k, v in model.state_dict().items()})
+    cut = {"text": inputs["text"][:1, :3], "vision": inputs["vision"][:1]}
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs)[:1], short(cut), rtol=1e-4, atol=1e-5)
+
+
+def test_strengths_of_the_ablations_by_hand():
+    gaps = {"a": 0.1, "b": 0.4, "c": 0.2}
+    tanh = {m: np.tanh(3 * g) for m, g in gaps.items()}
+    for method, expected in {
+        "dr": tanh,
+        "dr-same": dict.fromkeys(gaps, np.tanh(0.7)),
+        "dr-hard": dict.fromkeys(gaps, 1),
+        "dr-largest": {"a": 0, "b": tanh["b"], "c": 0},
+        "dr-smallest": {"a": tanh["a"], "b": 0, "c": 0},
+        "dr-statistics": tanh,
+        "dr-momentum": tanh,
+        "dr-new": tanh,
+    }.items():
+        assert dr.relearning_strengths(gaps, 3, method) == pytest.approx(expected), method
+
+
+def test_statistics_and_momentum_are_treated_when_asked():
+    encoder = dr.small_resnet((3, 16, 16))
+    optimiser = torch.optim.SGD(encoder.parameters(), 0.1, 0.9)
+    init = {k: v.clone() for k, v in encoder.state_dict().items()}
+    encoder(torch.randn(4, 1, 3, 16, 16) + 1).sum().backward()
+    optimiser.step()
+    before = {k: v.clone() for k, v in encoder.named_buffers()}
+    momentum = lambda: [s["momentum_buffer"].abs().sum().item() for s in optimiser.state.values()]  # noqa: E731
+    dr.reset_more(encoder, init, 0.25, optimiser, "dr")
+    assert all(torch.equal(v, before[k]) for k, v in encoder.named_buffers()) and sum(momentum()) > 0
+    dr.reset_more(encoder, init, 0.25, optimiser, "dr-statistics")
+    for name, now in encoder.named_buffers():
+        if now.is_floating_point():
+            np.testing.assert_allclose(now, 0.75 * before[name] + 0.25 * init[name], rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(v, before[k]) for k, v in encoder.named_buffers()) and sum(momentum()) > 0
+    dr.reset_more(encoder, init, 0.25, optimiser, "dr-momentum")
+    assert momentum() == [0] * len(momentum())
+
+
+@pytest.mark.parametrize("method", list(dr.ABLATIONS))
+def test_an_ablation_is_dr_until_it_first_relearns(method, run, prepared, tmp_path):
+    _, history = run
+    other = dr.train(config(prepared, tmp_path, method=method, epochs=5))
+    assert [e["loss"] for e in other[:3]] == [e["loss"] for e in history[:3]] and other[2]["relearnt"]
+    # what the running statistics hold is not used in training: that ablation must not change it
+    assert ([e["loss"] for e in other[3:]] == [e["loss"] for e in history[3:5]]) == (method == "dr-statistics")
+
+
+# --- a scarcely informative modality --------------------------------------------------------------
+
+
+def test_noise_has_the_strength_asked_for_and_stays_with_its_clip(prepared):
+    clean, noisy, again = (data.load("demo", prepared) for _ in range(3))
+    data.add_noise(noisy, "audio", 0.5)
+    data.add_noise(again, "audio", 0.5)
+    for split in ("train", "val", "test"):
+        a, b, c = (getattr(d, split) for d in (clean, noisy, again))
+        noise = np.float32(b.arrays["audio"][b.rows]) - a.arrays["audio"][a.rows]
+        spread = np.float32(clean.train.arrays["audio"][clean.train.rows]).std()
+        assert noise.std() == pytest.approx(0.5 * spread, rel=0.02) and abs(noise.mean()) < 0.01 * spread
+        assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.1  # each clip has its own
+        assert np.array_equal(b.arrays["audio"], c.arrays["audio"]) and np.array_equal(a.labels, b.labels)
+        assert np.array_equal(a.arrays["visual"], b.arrays["visual"])
+
+
+def test_noise_leaves_padding_alone_and_refuses_pictures(prepared, tmp_path):
+    rows, sequence = np.arange(6), np.ones((6, 5, 3), np.float32) * np.arange(1, 7)[:, None, None]
+    sequence[:, 3:] = 0
+    splits = [
+        data.Split({"text": sequence}, {"text": {"kind": "sequence"}}, rows, rows % 2, list(rows)) for _ in range(3)
+    ]
+    dataset = data.Dataset(*splits, classes=["a", "b"], shapes={"text": (5, 3)})
+    data.add_noise(dataset, "text", 1.0)
+    noisy = dataset.val.arrays["text"]
+    assert (noisy[:, 3:] == 0).all() and (noisy[:, :3] != sequence[:, :3]).all()
+    demo = data.load("demo", prepared)
+    for modality, says in (("visual", "not on visual"), ("text", "no text to put noise on; there is audio, visual")):
+        with pytest.raises(data.DataError, match=says):
+            data.add_noise(demo, modality, 1.0)
+    with pytest.raises(data.DataError, match="no audio"):
+        dr.train(config(prepared, tmp_path, modalities="visual", noise_audio=1.0))
+
+
+# --- sweeps, tracked purity, t-SNE ----------------------------------------------------------------
+
+
+def test_tracked_purity_is_that_of_the_test_features(prepared, tmp_path):
+    tracked = dr.train(config(prepared, tmp_path, epochs=3, track_purity=True))
+    plain = dr.train(config(prepared, tmp_path, epochs=3))
+    assert [e["loss"] for e in tracked] == [e["loss"] for e in plain]  # looking changes nothing
+    model, dataset, _ = dr.load_checkpoint(tmp_path / "run" / "best.pt")
+    best = max(tracked, key=lambda e: (e["val"], -e["epoch"]))
+    x, y = dr.extract_features(model, dataset.test)
+    for m, found in best["test_purity"].items():
+        clusters = KMeans(6, n_init=10, random_state=0).fit_predict(MinMaxScaler((-1, 1)).fit_transform(x[m]))
+        assert found == pytest.approx(contingency_matrix(y, clusters).max(0).sum() / len(y), abs=0.02)
+
+
+@pytest.fixture(scope="session")
+def swept(prepared, tmp_path_factory):
+    """A sweep of 2 methods and 3 seeds, two runs side by side -> its words, its folder, what it printed."""
+    out = tmp_path_factory.mktemp("swept")
+    words = ["dr.py", "--data", prepared, "--out", out, "--device", "cpu", "--epochs", 3, "--every", 1,
+             "--batch-size", 16, "--jobs", 2, "--name", "grid", "--sweep", "method=joint,dr", "seed=0,1,2"]  # fmt: skip
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    return words, out, done.stdout
+
+
+def test_a_sweep_reports_means_deviations_and_paired_intervals(swept):
+    words, out, told = swept
+    found = {}
+    for method in ("joint", "dr"):
+        summaries = [json.loads((f / "summary.json").read_text()) for f in sorted(out.glob(f"demo-{method}-*"))]
+        found[method] = np.array([s["accuracy"] for s in summaries])
+        assert len(summaries) == 3
+    table = (out / "grid.md").read_text().splitlines()
+    rows = {r.split("|")[1].strip(): [c.strip() for c in r.split("|")[2:-1]] for r in table if r.startswith("| ")}
+    assert rows["method"][:4] == ["accuracy", "vs first row", "macro F1", "probe audio"]
+    for method, values in found.items():
+        assert rows[method][0] == f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+    interval = scipy.stats.ttest_rel(found["dr"], found["joint"]).confidence_interval(0.95)
+    mean, half = (float(v) for v in rows["dr"][1].split(" ± "))
+    assert rows["joint"][1] == "" and (mean - half, mean + half) == pytest.approx(interval, abs=0.11)
+    with open(out / "grid.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [(x["method"], int(x["seed"])) for x in lines] == [(m, s) for m in found for s in range(3)]
+    assert [float(x["accuracy"]) for x in lines] == pytest.approx([*found["joint"], *found["dr"]])
+    assert np.asarray(Image.open(out / "grid.png").convert("L")).std() > 5
+    assert max(map(len, told.splitlines())) <= 80 or str(out) in told  # only paths may be longer
+    assert all(len(x) <= 80 for x in told.splitlines() if x.startswith("|"))
+
+
+def test_a_sweep_does_only_what_is_missing(swept):
+    words, out, _ = swept
+    made = {f: f.stat().st_mtime_ns for f in out.glob("*/best.pt")}
+    lost = sorted(out.glob("demo-dr-*"))[1]
+    (lost / "summary.json").unlink()
+    before = json.loads((lost / "log.jsonl").read_text().splitlines()[-1])
+    report = (out / "grid.md").read_text()
+    assert command(*words).returncode == 0
+    assert {f.parent.name for f, t in made.items() if f.stat().st_mtime_ns != t} == {lost.name}
+    after = json.loads((lost / "log.jsonl").read_text().splitlines()[-1])
+    assert {**before, "seconds": 0} == {**after, "seconds": 0} and (out / "grid.md").read_text() == report
+
+
+def test_a_run_that_fails_leaves_the_others_alone_and_is_named(swept, tmp_path):
+    words, out, _ = swept
+    bad = [tmp_path if w == out else w for w in words[: words.index("--sweep")]]
+    done = command(*bad, "--sweep", "fusion=film,sum", "modalities=visual", "method=joint")
+    assert done.returncode == 2 and "1 of 2 runs failed" in done.stderr and "two modalities, not 1" in done.stderr
+    assert len(list(tmp_path.glob("*fusion=sum*/summary.json"))) == 1 and not list(tmp_path.glob("grid*"))
+
+
+def test_ctrl_c_stops_a_sweep_and_its_runs(swept, tmp_path):
+    words, out, _ = swept
+    words = [tmp_path if w == out else 500 if w == 3 else w for w in words]
+    sweep = subprocess.Popen([sys.executable, *map(str, words)], cwd=HERE, stderr=subprocess.PIPE, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    logs = lambda: sum(f.stat().st_size for f in tmp_path.glob("*/log.jsonl"))  # noqa: E731
+    while not logs() and sweep.poll() is None:
+        time.sleep(0.1)
+    sweep.send_signal(signal.SIGINT)
+    assert "the same command does what is missing" in sweep.communicate()[1] and sweep.returncode == 130
+    size = logs()
+    time.sleep(2)
+    assert logs() == size  # nothing trains on
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["colour=red"], "words such as method=joint,dr"),
+        (["lam=high"], "lam takes values of type float"),
+        (["seed"], "words such as"),
+        (["name=a"], "words such as"),
+        (["method=joined"], "method is one of"),
+        (["lam=1,-1"], "lam is 0 or more"),
+    ],
+)
+def test_a_wrong_sweep_gets_one_clear_line_before_anything_runs(words, says, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        dr.parse(["--out", str(tmp_path), "--sweep", *words])
+    assert says in capsys.readouterr().err.splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+def test_names_of_runs_tell_what_is_not_default():
+    name = lambda **given: dr.Config(**given).name  # noqa: E731
+    assert name() == name(epochs=40, lam=3.0, device="cpu") == "demo-dr-0"
+    assert name(dataset="cremad", method="joint", modalities="audio,visual", lam=1.0, augment=True, seed=7) == (
+        "cremad-joint-audio+visual-augment=True-lam=1.0-7"
+    )
+    for given in (dict(), dict(name="x", fusion="mbt", augment=True, noise_audio=0.5), dict(dataset="mosi", every=2)):
+        c = dr.Config(**given)
+        assert dr.Config(**dr.parse(dr.flags_of(c))[0]) == c  # a run's caption makes the run
+
+
+def test_tsne_of_a_checkpoint(swept, tmp_path):
+    _, out, _ = swept
+    first, second = (sorted(out.glob(f"demo-{m}-*"))[0] / "best.pt" for m in ("joint", "dr"))
+    assert dr.draw_tsne([first, second], tmp_path / "both.png") == tmp_path / "both.png"
+    dr.draw_tsne([first], tmp_path / "one.png")
+    both, one = (Image.open(tmp_path / name) for name in ("both.png", "one.png"))
+    assert both.height > 1.7 * one.height and np.asarray(one.convert("L")).std() > 5
+    (tmp_path / "broken.pt").write_bytes(first.read_bytes()[:1000])
+    (tmp_path / "other.pt").write_bytes(b"no checkpoint")
+    for path in ("broken.pt", "other.pt", "none.pt"):
+        done = command("dr.py", "--tsne", tmp_path / path)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and path in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
 # --- CMU-MOSI -------------------------------------------------------------------------------------
 
 
@@ -364,7 +658,10 @@ def mosi_pickle(path, layout, n=40, seed=0):
         else:  # MultiBench pads with zeros
             for k in range(size):
                 text[k, 4:], audio[k, 4:], vision[k, 4:] = 0, 0, 0
-            part |= {"id": np.array([["v", "0", str(k)] for k in range(size)], dtype=object), "labels": score[:, None, None]}
+            part |= {
+                "id": np.array([["v", "0", str(k)] for k in range(size)], dtype=object),
+                "labels": score[:, None, None],
+            }
         out[split] = part
     path.write_bytes(pickle.dumps(out))
     return out
@@ -486,7 +783,9 @@ def film(path, codec, sound=None, tag=None, options=None, muxer=None, gop=12, fr
     coarse = np.tile(np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8), (3, 3, 1))
     texture = np.asarray(Image.fromarray(coarse).resize((384, 288), Image.BICUBIC))[96:192, 128:256]
     with av.open(str(path), "w", options=muxer or {}) as movie:
-        video = movie.add_stream(codec, 12, width=128, height=96, pix_fmt="yuv420p", bit_rate=900_000, options=options or {})
+        video = movie.add_stream(
+            codec, 12, width=128, height=96, pix_fmt="yuv420p", bit_rate=900_000, options=options or {}
+        )
         video.gop_size, video.codec_context.codec_tag = gop, tag or video.codec_context.codec_tag
         packets = []
         for i in range(frames):
@@ -762,7 +1061,9 @@ def test_ucf101_holds_out_whole_groups_and_finds_handstand_pushups(ucf):
     assert [len(g) for g in groups.values()] == [36, 4, 8] and len(set.union(*groups.values())) == 48
     assert {g[-3:] for g in groups["test"]} == {"g01", "g02"} and len({c.label for c in clips if c.split == "val"}) == 4
     assert all(classes[c.label].lower() == c.id.split("_")[1].lower() for c in clips)
-    assert [c.id for c in clips if not (c.files["visual"].exists() and c.files["flow"].exists())] == ["v_Archery_g05_c01"]
+    assert [c.id for c in clips if not (c.files["visual"].exists() and c.files["flow"].exists())] == [
+        "v_Archery_g05_c01"
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -786,7 +1087,9 @@ def kinetics(tmp_path_factory):
 
 def test_bad_clips_are_skipped_with_their_reasons_and_the_others_are_whole(spoilt, tmp_path):
     raw, says = spoilt
-    with pytest.raises(data.DataError, match="5 of 93 clips cannot be used, more than --max-bad 5 per cent; the last: .+"):
+    with pytest.raises(
+        data.DataError, match="5 of 93 clips cannot be used, more than --max-bad 5 per cent; the last: .+"
+    ):
         data.prepare("cremad", raw, tmp_path / "strict", size=32, workers=1)
     folder = data.prepare("cremad", raw, tmp_path, size=32, workers=2, max_bad=20)
     skipped = {i: reason for _, i, reason in json.loads((folder / "manifest.json").read_text())["skipped"]}
@@ -806,7 +1109,9 @@ def start(raw, out):
     """`python data.py cremad` in a process group of its own, returned when it is at work."""
     words = [sys.executable, "data.py", "cremad", "--raw", raw, "--out", out, "--size", "32", "--workers", "2"]
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background jobs ignore Ctrl-C
-    process = subprocess.Popen(words, cwd=HERE, start_new_session=True, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    process = subprocess.Popen(
+        words, cwd=HERE, start_new_session=True, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    )
     while process.poll() is None and not (out / "cremad/plan.json").exists():
         time.sleep(0.01)
     return process
@@ -856,7 +1161,10 @@ def test_stopped_in_the_middle_of_a_line_of_the_journal_or_before_the_plan(where
     if where == "in_parallel":
         (tmp_path / "cremad/journal.txt").write_text("train 1")  # of "train 12\n"
     folder = data.prepare("cremad", crema, tmp_path, size=size, workers=1)  # before the plan: another size may be taken
-    ids, visual = json.loads((folder / "manifest.json").read_text())["splits"]["train"], np.load(folder / "train/visual.npy")
+    ids, visual = (
+        json.loads((folder / "manifest.json").read_text())["splits"]["train"],
+        np.load(folder / "train/visual.npy"),
+    )
     np.testing.assert_array_equal(visual[1], frames_by_hand(crema / f"VideoFlash/{ids[1]}.flv", 2, size))
 
 
@@ -898,7 +1206,9 @@ def test_disk_space_is_checked_before(crema, tmp_path, monkeypatch):
     assert data.prepare("cremad", crema, tmp_path, size=50).is_dir()
 
 
-@pytest.mark.parametrize("flag", [{"size": 0}, {"size": -3}, {"frames": 0}, {"keep": 0}, {"seconds": -2.0}, {"workers": -1}])
+@pytest.mark.parametrize(
+    "flag", [{"size": 0}, {"size": -3}, {"frames": 0}, {"keep": 0}, {"seconds": -2.0}, {"workers": -1}]
+)
 def test_impossible_parameters_are_refused(flag, crema, tmp_path):
     with pytest.raises(data.DataError, match=f"{list(flag)[0]}.*{list(flag.values())[0]}"):
         data.prepare("cremad", crema, tmp_path, **flag)
@@ -917,7 +1227,10 @@ def test_an_unknown_codec_is_one_more_bad_clip_and_a_title_that_is_not_unicode_n
     content = (tmp_path / "b.mkv").read_bytes()
     assert content.count(old) == 1
     path.write_bytes(content.replace(old, new))
-    files, specs = {"visual": path, "audio": path}, {"audio": data.fbank_spec(128, 1.0), "visual": data.frames_spec(1, 16)}
+    files, specs = (
+        {"visual": path, "audio": path},
+        {"audio": data.fbank_spec(128, 1.0), "visual": data.frames_spec(1, 16)},
+    )
     (tmp_path / "train").mkdir()
     for m, spec in specs.items():
         np.save(tmp_path / "train" / m, np.zeros((1, *spec["shape"]), spec["dtype"]))
@@ -935,9 +1248,9 @@ def test_from_the_raw_download_to_a_run(name, fixture, request, tmp_path):
     skipped = {i: r for _, i, r in json.loads((tmp_path / name / "manifest.json").read_text())["skipped"]}
     assert sorted(skipped) == sorted(says) and all(says[i] in skipped[i] and skipped[i] in done.stdout for i in says)
     run = command("dr.py", "--dataset", name, "--data", tmp_path, "--out", tmp_path / "runs", "--encoder", "small",
-                  "--epochs", 2, "--every", 1, "--device", "cpu")  # fmt: skip
+                  "--epochs", 2, "--every", 1, "--device", "cpu", "--name", "run")  # fmt: skip
     assert run.returncode == 0, run.stderr
-    history = [json.loads(line) for line in (tmp_path / f"runs/{name}-dr-0/log.jsonl").read_text().splitlines()]
+    history = [json.loads(line) for line in (tmp_path / "runs/run/log.jsonl").read_text().splitlines()]
     assert len(history) == 2 and set(history[1]["diagnosis"]) == {"visual", "flow" if name == "ucf101" else "audio"}
 
 
@@ -995,3 +1308,83 @@ def test_of_several_frames_kept_the_middle_one_is_taken_unless_augmented():
     y = data.cut(split, "frames", np.arange(12).repeat(9), rng=np.random.default_rng(0))[:, :, 0, 12, 12]
     drawn = np.rint(y.numpy() * spec["std"][0] + spec["mean"][0])
     assert {tuple(d) for d in drawn} == {(i, j) for i in (0, 1, 2) for j in (3, 4, 5)}
+
+
+# --- the notebook ---------------------------------------------------------------------------------
+
+NOTEBOOK = nbformat.read(HERE / "tutorial.ipynb", 4)
+CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+
+
+def test_the_notebook_runs_from_top_to_bottom(prepared, tmp_path, monkeypatch):
+    (tmp_path / "prepared").symlink_to(prepared)
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    short = nbformat.from_dict(NOTEBOOK)
+    for cell in short.cells:  # the same cells on a small demo, for fewer epochs
+        for long, brief in (("epochs=24, every=6", "epochs=6, every=2"), ("epochs=16, every=4", "epochs=3, every=1")):
+            cell.source = cell.source.replace(long, brief)
+    assert sum("epochs=6, every=2" in c.source or "epochs=3, every=1" in c.source for c in short.cells) == 2
+    nbclient.NotebookClient(short, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [o for cell in short.cells if cell.cell_type == "code" for o in cell.outputs]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 11
+    assert sum("not yet" in o.get("text", "") for o in outputs) == 7  # nobody has solved the exercises
+
+
+def test_the_notebooks_saved_output_is_of_one_run_of_this_code():
+    assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
+    assert all(cell.source.count("\n") < 25 for cell in CODE)
+    assert not any(o.output_type == "error" or o.get("name") == "stderr" for cell in CODE for o in cell.outputs)
+    shown = "".join(o["data"].get("text/markdown", "") for cell in CODE for o in cell.outputs if "data" in o)
+    for name in ("purity", "purity_gap", "relearning_strength", "soft_reinit", "diagnose", "Concatenation"):
+        assert getsource(getattr(dr, name)) in shown, f"{name} has changed since: run the notebook again"
+    assert getsource(data.add_noise) in shown
+
+
+# For each exercise: an answer that is right, and wrong ones
+EXERCISES = {
+    1: ["purity_1 = 0.7", "purity_1 = 0.8", "purity_1 = 7"],
+    2: ["lam_2 = np.arctanh(0.5) / 0.1", "lam_2 = 5"],
+    3: ["part_left = lambda a: np.prod([1 - x for x in a])", "part_left = lambda a: 1 - sum(a) / 3"],
+    4: [
+        "purity_of = lambda k, y: sum(np.unique(y[k == i], return_counts=True)[1].max() for i in set(k)) / len(y)",
+        "purity_of = lambda k, y: sum(np.unique(k[y == i], return_counts=True)[1].max() for i in set(y)) / len(y)",
+    ],
+    5: [
+        "purity_5, pure = 1, lambda n: dr.purity(x_train['visual'], y_train, n, 3) >= 0.6\n"
+        "clusters_5 = next(filter(pure, (2**k for k in range(9))))",
+        "purity_5 = 1 / 50; clusters_5 = 1",
+        "purity_5 = 1; clusters_5 = 256",
+        "purity_5 = 1; clusters_5 = 100",
+    ],
+    6: [
+        "due = lambda v, p: len(v) > p and max(v[-p:]) <= max(v[:-p])",
+        "due = lambda v, p: len(v) > p and max(v[-p:]) < max(v[:-p])",
+        "due = lambda v, p: v[-1] <= v[-2]",
+    ],
+    7: [
+        """
+@torch.no_grad()
+def soft_reinit_by_depth(module, init_state, strength):
+    named = list(module.named_parameters())
+    for k, (name, p) in enumerate(named):
+        p.lerp_(init_state[name], strength * k / (len(named) - 1))
+""",
+        "soft_reinit_by_depth = dr.soft_reinit",
+        "soft_reinit_by_depth = lambda module, init_state, strength: None",
+    ],
+}
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_an_exercises_check_tells_right_from_wrong(number, capsys):
+    rng, y = np.random.default_rng(0), np.arange(300) % 6
+    x = {m: (rng.normal(size=(300, 8)) + 2 * np.eye(8)[y]).astype(np.float32) for m in ("audio", "visual")}
+    scope = {"np": np, "torch": torch, "dr": dr, "x_train": x, "y_train": y}
+    exec(next(cell.source for cell in CODE if "def check(" in cell.source), scope)
+    starts = next(cell.source for cell in CODE if f"# exercise {number}" in cell.source)
+    asks = next(cell.source for cell in CODE if f"check({number}," in cell.source)
+    for k, answer in enumerate([*EXERCISES[number], starts]):
+        exec(answer, scope)
+        exec(asks, scope)
+        told = capsys.readouterr().out
+        assert told.startswith(f"Exercise {number}: " + ("right" if k == 0 else "not yet")), (answer, told)
