@@ -418,9 +418,6 @@ PRESETS = {
 }
 
 
-METHODS = ["dr", "joint", *ABLATIONS]
-
-
 def flag(default, help, choices=None):
     return field(default=default, metadata={"help": help, "choices": choices})
 
@@ -430,11 +427,11 @@ class Config:
     """Everything that a run depends on; every field is a flag. What is None comes from the dataset's preset."""
 
     dataset: str = flag("demo", "what to train on", list(PRESETS))
-    method: str = flag("dr", "dr: diagnose and re-learn; joint: diagnose only; or an ablation", METHODS)
-    modalities: str = flag("", "which, such as visual or audio+visual; all if not given")
-    encoder: str = flag(
-        "auto", "of pictures and spectrograms; auto: by their size", ["auto", "resnet18", "small", "vit"]
+    method: str = flag(
+        "dr", "dr: diagnose and re-learn; joint: diagnose only; or an ablation", ["dr", "joint", *ABLATIONS]
     )
+    modalities: str = flag("", "which, such as visual or audio+visual; all if not given")
+    encoder: str = flag("auto", "of pictures; auto: by their size", ["auto", "resnet18", "small", "vit"])
     fusion: str = flag("concat", "how the features are joined", list(FUSIONS))
     noise_audio: float = flag(0.0, "noise on the sound, in standard deviations of it")
     augment: bool = flag(False, "crops, flips and masks in training; the official code runs without")
@@ -845,7 +842,7 @@ def epochs_logged(config):
 
 
 def sweep(words, base, jobs=None, name=""):
-    """Run the grid that `words` span over the flags `base`, and report it: table, CSV, picture -> rows of the table."""
+    """Run the grid that `words` span over the flags `base`, and report it: table, CSV, picture -> one dict a run."""
     grid = parse_grid(words)
     configs = [Config(**{**base, **dict(zip(grid, values))}) for values in itertools.product(*grid.values())]
     for config in {c.dataset: c for c in configs}.values():
@@ -853,18 +850,24 @@ def sweep(words, base, jobs=None, name=""):
     run_all(configs, jobs)
 
     names = [key for key in grid if key != "seed"] or ["method"]
-    rows = {}  # {values of the swept fields: {seed: {metric: value}}}
-    for c in configs:
-        rows.setdefault(tuple(getattr(c, key) for key in names), {})[c.seed] = read_metrics(c)
+    records = [{key: getattr(c, key) for key in (*names, "seed")} | read_metrics(c) for c in configs]
+    metrics = list(dict.fromkeys(key for r in records for key in r if key not in (*names, "seed")))
+    rows = {}  # {values of the swept fields: {seed: record}}
+    for r in records:
+        rows.setdefault(tuple(r[key] for key in names), {})[r["seed"]] = r
+
     stem = Path(base["out"]) / (name or "sweep-" + "-".join([base["dataset"], *names]))
     caption = "python dr.py " + " ".join([*flags_of(Config(**base)), "--sweep", *words])
-    write_csv(names, rows, f"{stem}.csv")
-    table = list(table_columns(names, grid, rows))
+    with open(f"{stem}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [*names, "seed", *metrics])
+        writer.writeheader()
+        writer.writerows(records)
+    table = list(table_columns(names, metrics, rows))
     note = "± standard deviation over seeds; vs: paired over seeds, ± half its 95 % interval"
     Path(f"{stem}.md").write_text(f"    {caption}\n\n{markdown(table)}\n\n{note}\n", encoding="utf-8")
-    draw_sweep(names, rows, f"{stem}.png", caption)
+    draw_sweep(names, metrics, rows, f"{stem}.png", caption)
     print(f"\n{markdown(table, width=80)}\n\n{note}\n{stem}.md, .csv and .png; the runs are in {base['out']}/")
-    return rows
+    return records
 
 
 def read_metrics(config):
@@ -875,12 +878,7 @@ def read_metrics(config):
     return metrics | {f"strength {m}": a for m, a in summary["strength"].items()}
 
 
-def metrics_of(rows):
-    """All metrics that any of the runs has, in order."""
-    return list(dict.fromkeys(key for runs in rows.values() for metrics in runs.values() for key in metrics))
-
-
-def table_columns(names, grid, rows):
+def table_columns(names, metrics, rows):
     """Yield (title, cells): mean ± standard deviation over seeds; differences paired over seeds, with the half-width
     of their 95 % interval (Student's t)."""
 
@@ -897,15 +895,15 @@ def table_columns(names, grid, rows):
 
     for k, name in enumerate(names):
         yield name, [str(key[k]) for key in rows]
-    for metric in metrics_of(rows):
+    first = next(iter(rows))
+    for metric in metrics:
         digits = 2 if metric.startswith("strength") else 1
         yield metric, [spread([r[metric] for r in runs.values() if metric in r], digits) for runs in rows.values()]
         if metric == "accuracy":
-            first = next(iter(rows))
             yield "vs first row", [difference(key, first) for key in rows]
             if "method" in names and len(names) > 1:  # to the first method, all else equal
-                at, method = names.index("method"), grid["method"][0]
-                yield f"vs {method}", [difference(key, (*key[:at], method, *key[at + 1 :])) for key in rows]
+                at = names.index("method")
+                yield f"vs {first[at]}", [difference(key, (*key[:at], first[at], *key[at + 1 :])) for key in rows]
 
 
 def markdown(columns, width=10**6):
@@ -924,20 +922,10 @@ def markdown(columns, width=10**6):
     return "\n\n".join(texts)
 
 
-def write_csv(names, rows, path):
-    """One line a run: the swept fields, the seed, every metric."""
-    metrics = metrics_of(rows)
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow([*names, "seed", *metrics])
-        for key, runs in rows.items():
-            table.writerows([*key, seed, *(r.get(m, "") for m in metrics)] for seed, r in runs.items())
-
-
-def draw_sweep(names, rows, path, caption):
+def draw_sweep(names, metrics, rows, path, caption):
     """A panel a metric. Over a field of numbers: lines, with a band of one standard deviation; else bars, and a dot
     for each seed."""
-    metrics = [m for m in metrics_of(rows) if m != "macro F1"]
+    metrics = [m for m in metrics if m != "macro F1"]
     columns = list(zip(*rows))  # the values of each swept field
     x = next((k for k, c in enumerate(columns) if len(set(c)) > 1 and type(c[0]) in (int, float)), None)
     across, down = min(3, len(metrics)), math.ceil(len(metrics) / 3)
