@@ -721,7 +721,9 @@ def draw_tsne(paths, out=None, **changes):
                 colour = COLOURS[c] if few else plt.cm.hsv(c / len(dataset.classes))
                 marker = MARKERS[c] if few else "o"
                 axis.scatter(*x2[labels == c].T, s=9, linewidths=0, color=colour, marker=marker, label=name)
-            axis.set_title(f"{config.name}\n{m}, purity {purity(x, labels, len(dataset.classes)):.2f}", fontsize=10)
+            head = config.name if axis is row[0] else ""  # once a row; it may be as wide as the row
+            share = purity(x, labels, len(dataset.classes))
+            axis.set_title(f"{head}\n{m}, purity {share:.2f}", fontsize=10, loc="left")
         if few and k == 0:
             row[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
     out = Path(out or Path(paths[0]).parent / "tsne.png")
@@ -852,6 +854,7 @@ def sweep(words, base, jobs=None, name=""):
     names = [key for key in grid if key != "seed"] or ["method"]
     records = [{key: getattr(c, key) for key in (*names, "seed")} | read_metrics(c) for c in configs]
     metrics = list(dict.fromkeys(key for r in records for key in r if key not in (*names, "seed")))
+    metrics.sort(key=lambda metric: metric.startswith("strength"))  # after the probes of all modalities
     rows = {}  # {values of the swept fields: {seed: record}}
     for r in records:
         rows.setdefault(tuple(r[key] for key in names), {})[r["seed"]] = r
