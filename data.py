@@ -30,7 +30,7 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
@@ -146,25 +146,51 @@ def add_noise(dataset, modality, level):
         split.arrays[modality] = noisy
 
 
-def cut(split, modality, rows, device="cpu", rng=None):
-    """Rows of one modality as a normalised float tensor; augmented if given a random generator.
+def hold(dataset, device, room):
+    """Move the arrays into the memory of an accelerator, once, if they take no more than `room` bytes -> whether."""
+    splits = (dataset.train, dataset.val, dataset.test)
+    fits = sum(array.nbytes for split in splits for array in split.arrays.values()) <= room
+    for split in splits if fits else ():
+        split.arrays = {m: torch.tensor(array).to(device) for m, array in split.arrays.items()}
+    return fits
+
+
+def upload(array, device):
+    """A NumPy array as a tensor on a device; to CUDA from pinned memory, so that nobody waits for the copy."""
+    x = torch.from_numpy(np.ascontiguousarray(array))
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
+
+
+def take(split, modality, rows, device="cpu", rng=None):
+    """Rows of one modality as they are stored; of the frames that are kept of a segment one, drawn or the middle one."""
+    spec, array = split.specs[modality], split.arrays[modality]
+    index = (rows,)
+    if (keep := spec.get("keep", 1)) > 1:
+        shape = (len(rows), spec["count"])
+        drawn = rng.integers(keep, size=shape) if rng else np.full(shape, keep // 2)
+        index = (rows[:, None], keep * np.arange(spec["count"]) + drawn)
+    if isinstance(array, torch.Tensor):
+        return array[tuple(upload(i, array.device) for i in index)]
+    return upload(array[index], device)
+
+
+def normalise(x, spec, rng=None):
+    """What `take` returns as a normalised float tensor; augmented if given a random generator.
 
     frames (B, T, 3, H, W) and flow (B, T, 2, H, W), which stay channels-last in memory, the layout that
     convolutions are fastest on; fbank (B, 1, F, T); sequence (B, T, D), its padding exactly 0.
     """
-    spec, array = split.specs[modality], split.arrays[modality]
     if spec["kind"] == "sequence":  # standardised when it was prepared
-        return torch.from_numpy(array[rows]).to(device)
-    if (keep := spec.get("keep", 1)) > 1:  # several frames are kept of each segment: one is drawn, or the middle one
-        shape = (len(rows), spec["count"])
-        drawn = rng.integers(keep, size=shape) if rng else np.full(shape, keep // 2)
-        array = array[rows[:, None], keep * np.arange(spec["count"]) + drawn]
-    else:
-        array = array[rows]
-    x = torch.from_numpy(array).to(device).float()
-    x.sub_(torch.tensor(spec["mean"], device=device)).div_(torch.tensor(spec["std"], device=device))
+        return x
+    mean, std = (upload(np.float32(spec[key]), x.device) for key in ("mean", "std"))
+    x = x.float().sub_(mean).div_(std)
     x = x if spec["kind"] == "fbank" else x.movedim(-1, -3)
     return augment(x, spec["kind"], rng) if rng else x
+
+
+def cut(split, modality, rows, device="cpu", rng=None):
+    """Rows of one modality as an encoder takes them: `take`, then `normalise`."""
+    return normalise(take(split, modality, rows, device, rng), split.specs[modality], rng)
 
 
 def augment(x, kind, rng):
@@ -180,7 +206,7 @@ def augment(x, kind, rng):
             width = rng.integers(n // 5 + 1, size=B)
             start, at = rng.integers(n - width + 1), np.arange(n)
             mask = (at >= start[:, None]) & (at < (start + width)[:, None])  # (B, n)
-            x.masked_fill_(torch.from_numpy(mask).to(x.device).view(B, 1, *((n, 1) if axis == 2 else (1, n))), 0)
+            x.masked_fill_(upload(mask, x.device).view(B, 1, *((n, 1) if axis == 2 else (1, n))), 0)
         return x
     area, ratio = rng.uniform(0.08, 1, B), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), B))
     wide, high = np.minimum(1, np.sqrt(area * ratio)), np.minimum(1, np.sqrt(area / ratio))
@@ -189,25 +215,55 @@ def augment(x, kind, rng):
     theta[:, 0, 0], theta[:, 0, 2] = flip * wide, rng.uniform(-1, 1, B) * (1 - wide)
     theta[:, 1, 1], theta[:, 1, 2] = high, rng.uniform(-1, 1, B) * (1 - high)
     flat = x.flatten(1, 2)  # (B, T * C, H, W): all frames of a clip alike
-    grid = F.affine_grid(torch.from_numpy(theta).to(x.device), flat.shape, align_corners=False)
+    grid = F.affine_grid(upload(theta, x.device), flat.shape, align_corners=False)
     x = F.grid_sample(flat, grid, padding_mode="reflection", align_corners=False).view(x.shape)
     if kind == "flow":  # mirrored, what moved to the left moves to the right
-        x[:, :, 0] *= torch.from_numpy(flip).to(x).view(B, 1, 1, 1)
+        x[:, :, 0] *= upload(np.float32(flip), x.device).view(B, 1, 1, 1)
     return x
 
 
-def batches(split, batch_size, seed=None, device="cpu", augmented=False):
+def batches(split, batch_size, seed=None, device="cpu", augmented=False, part=(0, 1)):
     """Yield ({modality: tensor (B, ...)}, labels (B,)) over one split, once.
 
     With a seed (an int or a tuple of ints) in random order, the same for the same seed; without, in the
     order of the clips. The last batch may be smaller: no clip is lost, none comes twice.
+
+    part=(rank, world) is the share of one of several processes. In the order of the clips it is a piece of the
+    split, and the pieces together are the split. In random order it is a piece of every batch, and all pieces of a
+    batch are of one size, so that the mean of their gradients is the batch's: some clips of a last batch that
+    cannot be shared out evenly come twice.
     """
-    rng = np.random.default_rng(seed)
-    order = np.arange(len(split)) if seed is None else rng.permutation(len(split))
-    for start in range(0, len(order), batch_size):
-        picked = np.sort(order[start : start + batch_size])  # ascending rows read the disk in one direction
-        inputs = {m: cut(split, m, split.rows[picked], device, rng if augmented else None) for m in split.arrays}
-        yield inputs, torch.from_numpy(split.labels[picked]).to(device)
+    rank, world = part
+    if seed is None:
+        order = np.array_split(np.arange(len(split)), world)[rank]
+    else:
+        order = np.random.default_rng(seed).permutation(len(split))
+    pieces = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if seed is not None and world > 1:
+        pieces = [np.resize(piece, -(-len(piece) // world) * world)[rank::world] for piece in pieces]
+
+    def read(number):
+        picked = np.sort(pieces[number])  # ascending rows read the disk in one direction
+        rng = np.random.default_rng((*np.atleast_1d(seed), number, rank)) if augmented else None
+        inputs = {m: take(split, m, split.rows[picked], device, rng) for m in split.arrays}
+        return inputs, upload(split.labels[picked], device), rng
+
+    from_disk = any(isinstance(array, np.ndarray) for array in split.arrays.values())
+    look = ahead if from_disk and torch.device(device).type == "cuda" else map
+    for inputs, labels, rng in look(read, range(len(pieces))):
+        yield {m: normalise(x, split.specs[m], rng) for m, x in inputs.items()}, labels
+
+
+def ahead(work, items):
+    """As map(work, items), but a thread is one item ahead."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = []
+        for item in items:
+            waiting.append(thread.submit(work, item))
+            if len(waiting) > 1:
+                yield waiting.pop(0).result()
+        for last in waiting:
+            yield last.result()
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -14,10 +14,12 @@ encoder is pulled back towards its initial weights, the further the larger g:
     python dr.py --method joint --modalities audio       one modality alone
     python dr.py --dataset cremad      after python data.py cremad --raw ...
     python dr.py --sweep method=joint,dr seed=0,1,2      a grid, over seeds
+    python dr.py --evaluate runs/demo-dr-0/best.pt       on the test set
     python dr.py --tsne runs/demo-dr-0/best.pt           its features, drawn
+    torchrun --nproc_per_node=2 dr.py --dataset cremad   on two GPUs
 
 A run leaves config.json, log.jsonl, summary.json, best.pt and curves.png in
-runs/<name>/.
+runs/<name>/. If it is stopped, the same command goes on.
 """
 
 import argparse
@@ -29,6 +31,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections import OrderedDict
@@ -38,10 +41,13 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
+import scipy.io.wavfile
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from scipy import stats
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
@@ -49,10 +55,13 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock
 from tqdm import tqdm
 
 import data
+from data import kaldi
 
 # ---------------------------------------------------------------------------------------------------
 # 1  Encoders: one per modality, each from its input to features (B, D)
@@ -189,7 +198,7 @@ def initialise(module):
 # ---------------------------------------------------------------------------------------------------
 
 
-def purity(features, labels, n_clusters, n_init=10, seed=0):
+def purity(features, labels, n_clusters, n_init=10, seed=0, kmeans=KMeans):
     """How well k-means clusters of the features agree with the labels, from 1/C to 1: the paper's P.
 
         P = 1/N * sum over clusters of the size of the cluster's largest class
@@ -207,20 +216,20 @@ def purity(features, labels, n_clusters, n_init=10, seed=0):
         raise ValueError("the features are not finite: training has diverged; try a smaller learning rate")
     low, high = x.min(0), x.max(0)
     x = 2 * (x - low) / np.where(high > low, high - low, 1) - 1
-    clusters = KMeans(n_clusters, n_init=n_init, random_state=seed).fit_predict(x)  # (N,) it never sees the labels
+    clusters = kmeans(n_clusters, n_init=n_init, random_state=seed).fit_predict(x)  # (N,) it never sees the labels
     classes, y = np.unique(y, return_inverse=True)
     count = np.zeros((n_clusters, len(classes)), dtype=int)
     np.add.at(count, (clusters, y), 1)  # count[k, c]: samples of class c in cluster k
     return float(count.max(1).sum() / len(y))
 
 
-def purity_gap(train_features, train_labels, val_features, val_labels, n_clusters, n_init=10, seed=0):
+def purity_gap(train_features, train_labels, val_features, val_labels, n_clusters, n_init=10, seed=0, kmeans=KMeans):
     """An encoder's learning state, g = |P_train - P_val| -> (P_train, P_val, g).
 
     Large: well learnt, or over-trained. Small: under-trained, or with little to tell.
     """
-    train = purity(train_features, train_labels, n_clusters, n_init, seed)
-    val = purity(val_features, val_labels, n_clusters, n_init, seed)
+    train = purity(train_features, train_labels, n_clusters, n_init, seed, kmeans)
+    val = purity(val_features, val_labels, n_clusters, n_init, seed, kmeans)
     return train, val, abs(train - val)
 
 
@@ -228,21 +237,18 @@ def purity_gap(train_features, train_labels, val_features, val_labels, n_cluster
 def extract_features(model, split, batch_size=128, device="cpu"):
     """All features of a split, in eval mode and without augmentation -> ({modality: (N, D)}, labels (N,))."""
     model.eval()
-    parts, labels = [], []
-    for inputs, y in data.batches(split, batch_size, device=device):
-        parts.append({m: f.float().cpu() for m, f in model.features(inputs).items()})
-        labels.append(y.cpu())
-    return {m: torch.cat([p[m] for p in parts]).numpy() for m in parts[0]}, torch.cat(labels).numpy()
+    parts = [(model.features(inputs), y) for inputs, y in data.batches(split, batch_size, device=device, part=ranks())]
+    features = {m: torch.cat([f[m] for f, _ in parts]).float().cpu().numpy() for m in parts[0][0]}
+    labels = torch.cat([y for _, y in parts]).cpu().numpy()
+    return {m: gather(f) for m, f in features.items()}, gather(labels)
 
 
 def diagnose(model, train, val, n_clusters, n_init=10, batch_size=128, device="cpu"):
     """The purity gap of every modality -> {modality: (P_train, P_val, g)}; n_clusters is the number of classes."""
-    train_features, train_labels = extract_features(model, train, batch_size, device)
-    val_features, val_labels = extract_features(model, val, batch_size, device)
-    return {
-        m: purity_gap(train_features[m], train_labels, val_features[m], val_labels, n_clusters, n_init)
-        for m in train_features
-    }
+    x_train, y_train = extract_features(model, train, batch_size, device)
+    x_val, y_val = extract_features(model, val, batch_size, device)
+    gap = lambda m: purity_gap(x_train[m], y_train, x_val[m], y_val, n_clusters, n_init, kmeans=FastKMeans)  # noqa: E731
+    return once(lambda: {m: gap(m) for m in x_train})  # of several processes, one runs k-means
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -270,8 +276,44 @@ def soft_reinit(module, init_state, strength):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5  What else there is to compare with: an encoder, fusions, ablations
+# 5  Beside the method: a faster k-means, and what to compare with: an encoder, fusions, ablations
 # ---------------------------------------------------------------------------------------------------
+
+
+class FastKMeans(KMeans):
+    """scikit-learn's KMeans, the same clusters in a half to a quarter of the time when there are many of them.
+
+    Most of that time goes into k-means++, which looks at all samples for every centre of every restart. Here the
+    same draws choose the centres of all restarts together, by one matrix product a centre.
+    """
+
+    def fit(self, X, y=None, sample_weight=None):
+        starts = X[self.plus_plus(X)]  # (R, K, D): centres to start from, in R restarts
+        fits = [KMeans(self.n_clusters, init=start, n_init=1).fit(X) for start in starts]
+        vars(self).update(vars(min(fits, key=lambda fit: fit.inertia_)))
+        return self
+
+    def plus_plus(self, X):  # (N, D) -> rows of X (R, K)
+        x = (X - X.mean(0)).astype(np.float64)
+        N, R, norms, one = len(x), self.n_init, (x * x).sum(1), np.ones(len(x), np.float32)
+        tries = 2 + int(math.log(self.n_clusters))
+        draws = np.random.RandomState(self.random_state).random_sample((R, 1 + (self.n_clusters - 1) * tries))
+        chosen, nearest = [], np.full((R, N), np.inf, np.float32)  # squared distance to the nearest centre
+        for k in range(self.n_clusters):
+            if k == 0:
+                rows = np.int64(draws[:, :1] * N)
+            else:  # a sample is drawn the oftener the farther it is from all centres so far
+                u = draws[:, 1 + (k - 1) * tries :][:, :tries]
+                rows = np.stack([np.searchsorted(d.cumsum(), (d @ one) * v) for d, v in zip(nearest, u)]).clip(
+                    max=N - 1
+                )
+            at = rows.ravel()
+            d = np.maximum(norms + norms[at, None] - 2 * x[at] @ x.T, 0).astype(np.float32).reshape(*rows.shape, N)
+            d = np.minimum(d, nearest[:, None])  # (R, tries, N)
+            best = np.stack([(try_ @ one).argmin() for try_ in d])  # the try that leaves the samples nearest
+            nearest = d[np.arange(R), best]
+            chosen.append(rows[np.arange(R), best])
+        return np.stack(chosen, 1)
 
 
 class PatchTransformer(nn.Module):
@@ -446,6 +488,7 @@ class Config:
     n_init: int = flag(10, "restarts of k-means")
     track_purity: bool = flag(False, "after each epoch, the purity of the test set's features")
     seed: int = flag(0, "of the initial weights and of the order of batches")
+    precision: str = flag("auto", "bf16 (autocast) or fp32; auto: bf16 on CUDA", ["auto", "bf16", "fp32"])
     device: str = flag("auto", "cpu, cuda or mps; auto: the best there is")
     data: str = flag("prepared", "folder of the prepared datasets")
     out: str = flag("runs", "folder of the runs")
@@ -478,14 +521,74 @@ def changed(config):
     return {k: v for k, v in asdict(config).items() if v != getattr(usual, k)}
 
 
+def set_up(config):
+    """Set PyTorch up for a run; under torchrun join the other processes, a GPU each, which share out every batch."""
+    if config.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # matters to fp32 alone, which is then exact
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
+
+
+def ranks():
+    """(which, of how many) processes this is: (0, 1) but under torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(values):
+    """The arrays (N, ...) or lists of all ranks as one, in the order of the ranks."""
+    if ranks()[1] == 1:
+        return values
+    parts = [None] * ranks()[1]
+    dist.all_gather_object(parts, values)
+    return np.concatenate(parts) if isinstance(values, np.ndarray) else sum(parts, [])
+
+
+def once(work):
+    """work(), done by rank 0 alone; every rank gets what it returns."""
+    box = [work() if ranks()[0] == 0 else None]
+    if ranks()[1] > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+class AllReduce(torch.autograd.Function):
+    """The sum over the ranks; its gradient goes back to all of them."""
+
+    @staticmethod
+    def forward(ctx, x):
+        dist.all_reduce(x := x.clone())
+        return x
+
+    backward = forward
+
+
+class SharedBatchNorm(nn.BatchNorm2d):
+    """Batch-norm over a batch that lies in equal pieces on several ranks: PyTorch's SyncBatchNorm, for CPUs."""
+
+    def forward(self, x):  # (B, C, H, W)
+        if not self.training:
+            return super().forward(x)
+        moments = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
+        mean, square = AllReduce.apply(moments) / ranks()[1]
+        variance, n = square - mean.square(), x.numel() // x.shape[1] * ranks()[1]
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(variance.detach() * n / (n - 1), self.momentum)
+        self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+
+
 @torch.no_grad()
 def evaluate(model, split, batch_size=128, device="cpu"):
     """Accuracy and macro F1, in per cent, over a whole split."""
     model.eval()
-    scores = [(model(inputs).argmax(1), y) for inputs, y in data.batches(split, batch_size, device=device)]
-    predicted, labels = (torch.cat(part).cpu().numpy() for part in zip(*scores))
+    parts = data.batches(split, batch_size, device=device, part=ranks())
+    scores = [(model(inputs).argmax(1), y) for inputs, y in parts]
+    predicted, labels = (gather(torch.cat(part).cpu().numpy()) for part in zip(*scores))
     f1 = f1_score(labels, predicted, average="macro", zero_division=0)
-    return {"accuracy": 100 * accuracy_score(labels, predicted), "macro_f1": 100 * f1}
+    return {"accuracy": 100 * float(accuracy_score(labels, predicted)), "macro_f1": 100 * float(f1)}
 
 
 def probe(model, train, test, device="cpu"):
@@ -494,26 +597,31 @@ def probe(model, train, test, device="cpu"):
     x_train, y_train = extract_features(model, train, device=device)
     x_test, y_test = extract_features(model, test, device=device)
     linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-    return {m: 100 * linear.fit(x_train[m], y_train).score(x_test[m], y_test) for m in x_train}
+    return once(lambda: {m: 100 * linear.fit(x_train[m], y_train).score(x_test[m], y_test) for m in x_train})
 
 
 def train_epoch(model, optimiser, split, config, epoch):
     """One pass over the training set -> (mean loss, accuracy in per cent)."""
     model.train()
-    loss_sum, correct = torch.zeros((), device=config.device), torch.zeros((), device=config.device)
-    shuffled = data.batches(split, config.batch_size, (config.seed, epoch), config.device, config.augment)
-    steps = math.ceil(len(split) / config.batch_size)
-    for inputs, labels in tqdm(shuffled, f"epoch {epoch}", steps, leave=False, disable=None, ncols=78, unit="step"):
-        logits = model(inputs)
+    (rank, world), device = ranks(), config.device
+    shuffled = data.batches(split, config.batch_size, (config.seed, epoch), device, config.augment, (rank, world))
+    bar = tqdm(shuffled, f"epoch {epoch}", math.ceil(len(split) / config.batch_size), leave=False,
+               disable=True if rank else None, ncols=78, unit="step")  # fmt: skip
+    totals = torch.zeros(3, device=device)  # of loss, right answers, clips; read once an epoch: no step waits for it
+    for inputs, labels in bar:
+        logits = model(inputs).float()
         loss = F.cross_entropy(logits, labels)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        loss_sum += loss.detach() * len(labels)
-        correct += (logits.argmax(1) == labels).sum()
-    if not loss_sum.isfinite():
-        raise FloatingPointError(f"the loss is {loss_sum.item()} in epoch {epoch}: try a smaller --lr")
-    return loss_sum.item() / len(split), 100 * correct.item() / len(split)
+        right = (logits.argmax(1) == labels).sum()
+        totals += torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
+    if world > 1:
+        dist.all_reduce(totals)
+    loss_sum, right, count = totals.tolist()
+    if not math.isfinite(loss_sum):
+        raise FloatingPointError(f"the loss is {loss_sum} in epoch {epoch}: try a smaller --lr")
+    return loss_sum / count, 100 * right / count
 
 
 def train(config):
@@ -521,29 +629,33 @@ def train(config):
 
     An entry holds epoch (from 0), loss, train, val and test accuracy in per cent, val_f1 and test_f1, seconds;
     after a diagnosed epoch also diagnosis {modality: {train, val, gap, strength}} and relearnt (true or false);
-    with --track-purity also test_purity {modality: P}.
+    with --track-purity also test_purity {modality: P}. A run that was stopped goes on after its last whole epoch,
+    to the same end, bit for bit on a CPU. Under torchrun every process trains on its share of each batch.
     """
+    set_up(config)
     dataset = load_dataset(config)
-    device, n_classes = config.device, len(dataset.classes)
+    device, n_classes, folder = config.device, len(dataset.classes), Path(config.out) / config.name
+    if device == "cuda":
+        data.hold(dataset, device, torch.cuda.mem_get_info()[0] / 2)
     torch.manual_seed(config.seed)
     model, initial = make_model(config, dataset)
     optimiser = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    folder = start_run(config, model, dataset)
+    history = resume(folder / "last.pt", config, model, initial, optimiser)
+    if is_first := ranks()[0] == 0:
+        start_run(config, model, dataset, history)
+    trained = DistributedDataParallel(model) if ranks()[1] > 1 else model
 
-    history, best, relearnt = [], None, 0
-    for epoch in range(config.epochs):
+    for epoch in range(len(history), config.epochs):
         start = time.perf_counter()
-        loss, accuracy = train_epoch(model, optimiser, dataset.train, config, epoch)
+        loss, accuracy = train_epoch(trained, optimiser, dataset.train, config, epoch)
         val, test = (evaluate(model, split, device=device) for split in (dataset.val, dataset.test))
         entry = {"epoch": epoch, "loss": loss, "train": accuracy, "val": val["accuracy"], "test": test["accuracy"],
                  "val_f1": val["macro_f1"], "test_f1": test["macro_f1"]}  # fmt: skip
         if config.track_purity:
             x, y = extract_features(model, dataset.test, device=device)
-            entry["test_purity"] = {m: purity(f, y, n_classes, config.n_init) for m, f in x.items()}
-        if best is None or entry["val"] > best["val"]:
-            best = entry
-            checkpoint = {"config": asdict(config), "epoch": epoch, "model": model.state_dict(), "initial": initial}
-            data.write_whole(folder / "best.pt", lambda file, c=checkpoint: torch.save(c, file))
+            entry["test_purity"] = {m: purity(f, y, n_classes, config.n_init, 0, FastKMeans) for m, f in x.items()}
+        if is_first and all(entry["val"] > e["val"] for e in history):
+            save(folder / "best.pt", config, epoch, model, initial)
 
         if epoch % config.every == 0 and epoch > 0:
             found = diagnose(model, dataset.train, dataset.val, n_classes, config.n_init, device=device)
@@ -552,9 +664,9 @@ def train(config):
                 m: {"train": p_train, "val": p_val, "gap": g, "strength": strengths[m]}
                 for m, (p_train, p_val, g) in found.items()
             }
+            relearnt = sum(e.get("relearnt", False) for e in history)
             entry["relearnt"] = config.method != "joint" and relearnt < config.times
             if entry["relearnt"]:
-                relearnt += 1
                 target = initial
                 if config.method == "dr-new":
                     with torch.random.fork_rng(devices=[]):
@@ -566,17 +678,76 @@ def train(config):
 
         entry["seconds"] = time.perf_counter() - start
         history.append(entry)
-        report_epoch(config, folder, entry, relearnt)
+        states = gather([random_states(device)])
+        if is_first:
+            more = {"history": history, "optimiser": optimiser.state_dict(), "random_states": states}
+            save(folder / "last.pt", config, epoch, model, initial, **more)
+            report_epoch(config, folder, history)
 
-    model.load_state_dict(torch.load(folder / "best.pt", map_location=device, weights_only=True)["model"])
-    report_run(config, folder, history, best, probe(model, dataset.train, dataset.test, device))
+    best = max(history, key=lambda entry: entry["val"])  # the first of the best
+    weights = once(lambda: torch.load(folder / "best.pt", map_location="cpu", weights_only=True)["model"])
+    model.load_state_dict(weights)
+    probes = probe(model, dataset.train, dataset.test, device)
+    if is_first:
+        report_run(config, folder, history, best, probes)
+        (folder / "last.pt").unlink()  # only an unfinished run has one
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return history
+
+
+def save(path, config, epoch, model, initial, **more):
+    """Write a checkpoint, whole or not at all."""
+    content = {"config": asdict(config), "epoch": epoch, "model": model.state_dict(), "initial": initial, **more}
+    data.write_whole(path, lambda file: torch.save(content, file))
+
+
+def read_checkpoint(path):
+    """A checkpoint's content, on the CPU, and its config; raises DataError."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return content, Config(**content["config"])
+    except FileNotFoundError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError, OSError) as error:
+        raise data.DataError(f"{path} is no checkpoint that this dr.py wrote, or it is damaged") from error
+
+
+def resume(path, config, model, initial, optimiser):
+    """Take up the run whose last.pt this is, if it is there and of this config -> its history, else an empty one."""
+    content, theirs = once(lambda: read_checkpoint(path) if path.exists() else (None, None))
+    if content is None:
+        return []
+    mine, theirs = (identity(c) for c in (config, theirs))
+    if other := [f"{k} {v}, now {mine[k]}" for k, v in theirs.items() if v != mine[k]]:
+        raise data.DataError(f"{path} is of an unfinished run with other settings ({', '.join(other)}): finish that, "
+                             "delete its folder, or give this one another --name")  # fmt: skip
+    model.load_state_dict(content["model"])
+    optimiser.load_state_dict(content["optimiser"])
+    for m, state in content["initial"].items():
+        for key, value in state.items():
+            initial[m][key].copy_(value)
+    states = content["random_states"][ranks()[0] % len(content["random_states"])]
+    torch.set_rng_state(states[0])
+    if config.device == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1])
+    return content["history"]
+
+
+def identity(config):
+    """The fields that make a run what it is; where it runs is not among them."""
+    return {k: v for k, v in asdict(config).items() if k not in ("device", "data", "out")}
+
+
+def random_states(device):
+    """PyTorch's random states, of the CPU and of the GPU."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if device == "cuda" else [])
 
 
 def load_dataset(config):
     """The prepared dataset of a config; the demo is made if it is not there."""
     if config.dataset == "demo" and not (Path(config.data) / "demo" / "manifest.json").exists():
-        data.prepare("demo", out=config.data)
+        once(lambda: data.prepare("demo", out=config.data))
     dataset = data.load(config.dataset, config.data, config.modalities.split("+") if config.modalities else None)
     if min(len(dataset.train), len(dataset.val)) < len(dataset.classes):
         raise data.DataError("a diagnosis takes at least as many training and validation clips as there are classes")
@@ -586,22 +757,32 @@ def load_dataset(config):
 
 
 def make_model(config, dataset):
-    """The model of a config, and a copy of its initial weights -> model, {modality: state_dict of what is its own}."""
+    """The model of a config, and a copy of its initial weights -> model, {modality: state_dict of what is its own}.
+
+    On several processes batch-norm's statistics are of the whole batch, so that the result does not depend on
+    how many there are.
+    """
     model = MultimodalModel(dataset.shapes, len(dataset.classes), config.encoder, config.fusion)
+    if ranks()[1] > 1 and config.device == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif ranks()[1] > 1:
+        for module in model.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = SharedBatchNorm  # the same parameters and buffers
     model.to(config.device, memory_format=torch.channels_last)
+    if config.precision == "bf16" or (config.precision == "auto" and config.device == "cuda"):
+        for name in ("forward", "features"):  # one autocast each: forward calls features, and none may be entered twice
+            setattr(model, name, torch.autocast(config.device, torch.bfloat16)(getattr(model, name)))
     return model, {m: {k: v.clone() for k, v in model.own(m).state_dict().items()} for m in model.encoders}
 
 
 def load_checkpoint(path, **changes):
     """A run's best.pt -> its model, dataset and config; `changes` replace what has moved, such as data or device."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config = Config(**{**checkpoint["config"], **changes})
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise data.DataError(f"{path} is no checkpoint that this dr.py wrote, or it is damaged") from error
+    content, config = read_checkpoint(path)
+    config = replace(config, **changes)
     dataset = load_dataset(config)
     model, _ = make_model(config, dataset)
-    model.load_state_dict(checkpoint["model"])
+    model.load_state_dict(content["model"])
     return model, dataset, config
 
 
@@ -610,29 +791,32 @@ def load_checkpoint(path, **changes):
 # ---------------------------------------------------------------------------------------------------
 
 
-def start_run(config, model, dataset):
-    """Make the run's folder, write its config, and say what is about to be trained."""
+def start_run(config, model, dataset, history):
+    """Make the run's folder, write its config and the log so far, and say what is about to be trained."""
     folder = Path(config.out) / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-    (folder / "log.jsonl").write_text("")
     (folder / "summary.json").unlink(missing_ok=True)  # only a finished run has one
+    data.write_json(folder / "config.json", asdict(config))
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
     sizes = " / ".join(f"{len(s):,}" for s in (dataset.train, dataset.val, dataset.test))
     print(f"{config.name}: {sizes} clips for training / validation / test, {len(dataset.classes)} classes")
     for m, encoder in model.encoders.items():
         count = sum(p.numel() for p in encoder.parameters())
         print(f"  {m:<8} {'x'.join(map(str, dataset.shapes[m])):<14} -> {encoder.width} features, {count:,} weights")
-    return folder
+    if history:
+        print(f"  goes on after epoch {history[-1]['epoch']} of {config.epochs - 1}")
 
 
-def report_epoch(config, folder, entry, relearnt):
+def report_epoch(config, folder, history):
     """A line of log.jsonl and one on the screen; after a diagnosis, a table."""
+    entry = history[-1]
     with open(folder / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
     accuracies = "   ".join(f"{split} {entry[split]:5.1f} %" for split in ("train", "val", "test"))
     print(f"epoch {entry['epoch']:3d}   loss {entry['loss']:.3f}   {accuracies}   {entry['seconds']:4.1f} s")
     if "diagnosis" not in entry:
         return
+    relearnt = sum(e.get("relearnt", False) for e in history)
     title = f"re-learning {relearnt} of {config.times}" if entry["relearnt"] else "diagnosis only"
     print(f"\n  {title:<20}  purity train    purity val         gap    strength")
     for m, d in entry["diagnosis"].items():
@@ -648,8 +832,8 @@ def report_run(config, folder, history, best, probes):
                "last_accuracy": last["test"], "last_macro_f1": last["test_f1"], "best_test_accuracy": lucky["test"],
                "probe": probes, "strength": mean_strengths(history),
                "seconds": sum(e["seconds"] for e in history)}  # fmt: skip
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     draw_curves(history, folder / "curves.png", config.name, "python dr.py " + " ".join(flags_of(config)))
+    data.write_json(folder / "summary.json", summary)
     print(f"\n{config.name}, on the test set                     accuracy    macro F1")
     print(f"  at the best validation epoch, {best['epoch']:<3}         {best['test']:10.1f} % {best['test_f1']:9.1f} %")
     print(f"  at the last epoch, {last['epoch']:<3}                    {last['test']:10.1f} % {last['test_f1']:9.1f} %")
@@ -702,6 +886,15 @@ def draw_curves(history, path, title, caption=""):
     save_figure(figure, path, caption)
 
 
+def evaluate_checkpoints(paths, **changes):
+    """Print the accuracy and macro F1 of checkpoints on the test set."""
+    print(f"on the test set{'':<33}accuracy    macro F1")
+    for path in paths:
+        model, dataset, config = load_checkpoint(path, **changes)
+        score = evaluate(model, dataset.test, device=config.device)
+        print(f"  {path:<40}{score['accuracy']:12.1f} % {score['macro_f1']:9.1f} %")
+
+
 def draw_tsne(paths, out=None, **changes):
     """t-SNE of each encoder's features of the test set, coloured by class: a row a checkpoint, a panel a modality
     (paper, Fig. 3). Written beside the first checkpoint, if `out` names no other place -> its path."""
@@ -722,7 +915,7 @@ def draw_tsne(paths, out=None, **changes):
                 marker = MARKERS[c] if few else "o"
                 axis.scatter(*x2[labels == c].T, s=9, linewidths=0, color=colour, marker=marker, label=name)
             head = config.name if axis is row[0] else ""  # once a row; it may be as wide as the row
-            share = purity(x, labels, len(dataset.classes))
+            share = purity(x, labels, len(dataset.classes), kmeans=FastKMeans)
             axis.set_title(f"{head}\n{m}, purity {share:.2f}", fontsize=10, loc="left")
         if few and k == 0:
             row[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
@@ -780,8 +973,8 @@ def is_done(config):
     folder = Path(config.out) / config.name
     if not (folder / "summary.json").exists():
         return False
-    place = {key: getattr(config, key) for key in ("device", "data", "out")}
-    return json.loads((folder / "config.json").read_text()) | place == asdict(config)
+    made = asdict(Config(dataset=config.dataset)) | json.loads((folder / "config.json").read_text())
+    return all(made[k] == v for k, v in identity(config).items())
 
 
 def run_all(configs, jobs=None):
@@ -977,7 +1170,225 @@ def draw_lines(axis, values, x):  # over field number x of the keys; a line for 
 
 
 # ---------------------------------------------------------------------------------------------------
-# 9  Command line
+# 9  Bench: what this machine does with arrays in a dataset's shapes, made on the spot
+# ---------------------------------------------------------------------------------------------------
+
+# classes, clips for training / validation / test, what a clip holds
+SIZES = {
+    "demo": (6, (1200, 300, 800), {"audio": data.fbank_spec(48, 1.2, shift=25.0), "visual": data.frames_spec(1, 48)}),
+    "cremad": (6, (5954, 744, 744), {"audio": data.fbank_spec(128, 3.0), "visual": data.frames_spec(2, 224)}),
+    "kinetics": (31, (14799, 1644, 2594), {"audio": data.fbank_spec(128, 10.24), "visual": data.frames_spec(3, 224)}),
+    "ucf101": (101, (8586, 951, 3783), {"flow": data.flow_spec(3, 224), "visual": data.frames_spec(3, 224)}),
+}
+
+
+def bench(given, steps=4):
+    """Measure a step, an epoch, a diagnosis, and the loop that is usual in the field, and print a table.
+
+    On CUDA on all clips of the dataset, elsewhere on `steps` batches of 16 of them, from which the diagnosis's share of
+    the training is reckoned. The floor is a step on one batch in memory; all steps that are compared are taken in turn.
+    """
+    config = Config(**given)
+    if config.device != "cuda":
+        config.batch_size = given["batch_size"] or 16
+    if config.dataset not in SIZES:
+        raise data.DataError(f"--bench makes arrays for {', '.join(SIZES)}, not for {config.dataset}")
+    set_up(config)
+    classes, counts, specs = SIZES[config.dataset]
+    device, batch = config.device, config.batch_size
+    some = counts if device == "cuda" else (steps * batch, batch, batch)
+    row = lambda what, value, note="": print(f"  {what:<31}{value:>13}  {note}", flush=True)  # noqa: E731
+    chip = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    print(f"{config.dataset} in {batch}s on {chip}, PyTorch {torch.__version__}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = made_up(Path(folder), classes, some, specs)
+        if device == "cuda":
+            data.hold(dataset, device, torch.cuda.mem_get_info()[0] / 2)
+        torch.manual_seed(0)
+        model, _ = make_model(config, dataset)
+        optimiser = torch.optim.SGD(model.parameters(), config.lr, config.momentum)
+        held = [next(data.batches(dataset.train, batch, 0, device))]
+        with FlopCounterMode(display=False) as counter:
+            step(model, optimiser, held[0])
+        flop, peak = counter.get_total_flops(), matrix_product(device, model(held[0][0]).dtype)
+        by_hand = ByHand(dataset.shapes, classes).to(device)
+        plain = torch.optim.SGD(by_hand.parameters(), config.lr, config.momentum)
+        as_usual = [({m: x.contiguous() for m, x in held[0][0].items()}, held[0][1])]
+        rounds = 30 if device == "cuda" else steps
+        floor, hand, disk = in_turn(rounds, device, (model, optimiser, held), (by_hand, plain, as_usual),
+                                    (model, optimiser, data.batches(dataset.train, batch, 0, device)))  # fmt: skip
+        row(
+            "step, one batch in memory",
+            f"{1000 * floor:.1f} ms",
+            f"{flop / 1e9:.0f} GFLOP: {flop / floor / 1e9:,.0f} GFLOP/s",
+        )
+        row("large matrix product", f"{peak / 1e9:,.0f} GFLOP/s", f"the step reaches {flop / floor / peak:.0%} of it")
+        row("step by hand with torchvision", f"{1000 * hand:.1f} ms", f"ours takes {floor / hand:.2f} of it")
+        row("step, batches from the arrays", f"{1000 * disk:.1f} ms", f"{disk / floor:.3f} of the floor")
+        start = clock(device)
+        train_epoch(model, optimiser, dataset.train, config, 0)
+        each = (clock(device) - start) / some[0]
+        row("epoch", f"{each * some[0]:.1f} s", f"{some[0]:,} clips, {1 / each:.1f} a second")
+
+        start = clock(device)
+        x, _ = extract_features(model, dataset.train, device=device)
+        extract_features(model, dataset.val, device=device)
+        features = (clock(device) - start) / (some[0] + some[1]) * (counts[0] + counts[1])
+        found = [blobs(n, x[m].shape[1], classes) for m in x for n in counts[:2]]
+        start = clock(device)
+        for points in found:
+            FastKMeans(classes, n_init=config.n_init, random_state=0).fit_predict(points)
+        cluster, training = clock(device) - start, each * counts[0] * config.every
+        row(
+            "diagnosis: features",
+            f"{features:.1f} s",
+            f"{features / training:.2%} of the {config.every} epochs before it",
+        )
+        row(
+            "diagnosis: k-means",
+            f"{cluster:.1f} s",
+            f"{cluster / training:.2%}",
+        )
+        if device == "cuda":
+            memory = torch.cuda.max_memory_allocated()
+        else:
+            import resource  # there is none on Windows
+
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        row("peak memory", f"{memory / 2**30:.1f} GiB", "of the GPU" if device == "cuda" else "of the process")
+        if set(specs) == {"audio", "visual"} and config.dataset != "demo":
+            for seconds in dict.fromkeys((10.0, specs["audio"]["shape"][2] / 100)):
+                usual = usual_epoch(Path(folder), some[0], seconds, specs, classes, batch, device) / some[0]
+                row(
+                    f"the usual loop, {seconds:g} s of sound",
+                    f"{usual * some[0]:.1f} s",
+                    f"our epoch takes {each / usual:.2f} of it",
+                )
+
+
+def clock(device):
+    """Seconds, when all that was begun on the device is done."""
+    if device in ("cuda", "mps"):
+        getattr(torch, device).synchronize()
+    return time.perf_counter()
+
+
+def step(model, optimiser, batch):
+    loss = F.cross_entropy(model(batch[0]).float(), batch[1])
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+
+
+def in_turn(rounds, device, *loops):
+    """Median seconds a step of each (model, optimiser, batches), one step of each in turn; a list of one batch is
+    used again and again."""
+    seconds, streams = [[] for _ in loops], [itertools.cycle(b) if isinstance(b, list) else b for _, _, b in loops]
+    for _ in range(rounds):
+        for (model, optimiser, _), stream, taken in zip(loops, streams, seconds):
+            model.train()
+            start = clock(device)
+            step(model, optimiser, next(stream))
+            taken.append(clock(device) - start)
+    return [float(np.median(taken[1:])) for taken in seconds]  # the first one warms up
+
+
+def matrix_product(device, dtype):
+    """FLOP/s of a large matrix product, the best of those that fit into a second."""
+    n = 8192 if device == "cuda" else 2048
+    a, taken = torch.randn(n, n, device=device, dtype=dtype), []
+    while sum(taken) < 1:
+        start = clock(device)
+        a @ a
+        taken.append(clock(device) - start)
+    return 2 * n**3 / min(taken)
+
+
+def made_up(folder, classes, counts, specs):
+    """A prepared dataset of noise -> Dataset."""
+    rng, splits = np.random.default_rng(0), {}
+    for split, n in zip(("train", "val", "test"), counts):
+        (folder / split).mkdir()
+        np.save(folder / split / "labels.npy", np.arange(n) % classes)
+        for m, spec in specs.items():
+            array = np.lib.format.open_memmap(folder / split / f"{m}.npy", "w+", spec["dtype"], (n, *spec["shape"]))
+            for k in range(n):
+                array[k] = rng.integers(256, size=spec["shape"], dtype=np.uint8)
+        splits[split] = list(map(str, range(n)))
+    manifest = {"modalities": specs, "splits": splits, "classes": list(map(str, range(classes)))}
+    return data.open_arrays("bench", folder, manifest, None)
+
+
+def blobs(n, width, classes):
+    """Features as an encoder's: positive, in clusters that overlap."""
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(classes, 48))[rng.integers(classes, size=n)] + rng.normal(size=(n, 48))
+    return np.maximum(points @ rng.normal(size=(48, width)), 0).astype(np.float32)
+
+
+class ByHand(nn.Module):
+    """What one writes with torchvision's ResNet-18 when one writes it quickly."""
+
+    def __init__(self, shapes, classes):
+        super().__init__()
+        self.nets = nn.ModuleDict({m: torchvision.models.resnet18() for m in shapes})
+        for m, net in self.nets.items():
+            net.conv1, net.fc = nn.Conv2d(shapes[m][-3], 64, 7, 2, 3, bias=False), nn.Identity()
+        self.head = nn.Linear(512 * len(shapes), classes)
+
+    def forward(self, inputs):
+        features = []
+        for m, x in inputs.items():
+            y = self.nets[m](x if x.dim() == 4 else x.flatten(0, 1))
+            features.append(y if x.dim() == 4 else y.unflatten(0, x.shape[:2]).mean(1))
+        return self.head(torch.cat(features, 1))
+
+
+class UsualClips(torch.utils.data.Dataset):
+    """A wav file and some JPEGs a clip, opened, padded, transformed and resized whenever they are asked for."""
+
+    def __init__(self, folder, n, seconds, spec):
+        self.folder, self.n, self.seconds, self.spec = folder, n, seconds, spec
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, k):
+        rate, sound = scipy.io.wavfile.read(self.folder / f"{k}.wav")
+        sound = np.resize(sound, int(self.seconds * rate)).astype(np.float32) / 32768  # repeated until it is so long
+        fbank = kaldi.fbank(torch.from_numpy(sound)[None], sample_frequency=rate, num_mel_bins=128, frame_shift=10)
+        size, frames = (self.spec["size"],) * 2, []
+        for t in range(self.spec["count"]):
+            picture = np.asarray(Image.open(self.folder / f"{k}-{t}.jpg").convert("RGB").resize(size))
+            frames.append((picture - np.float32(self.spec["mean"])) / np.float32(self.spec["std"]))
+        return fbank.T[None], torch.from_numpy(np.stack(frames).transpose(0, 3, 1, 2).copy()), k % 6
+
+
+def usual_epoch(folder, n, seconds, specs, classes, batch, device):
+    """Seconds that an epoch takes in the usual loop, on clips of CREMA-D's kind: 480 x 360 pixels, 2.5 s of sound."""
+    rng = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(rng.integers(256, size=(12, 16, 3), dtype=np.uint8)).resize((480, 360)) for _ in range(8)
+    ]
+    for k in range(n):
+        scipy.io.wavfile.write(folder / f"{k}.wav", 16000, rng.integers(-9999, 9999, 40000, dtype=np.int16))
+        for t in range(specs["visual"]["count"]):
+            pictures[(k + t) % 8].save(folder / f"{k}-{t}.jpg")
+    clips = UsualClips(folder, n, seconds, specs["visual"])
+    loader = torch.utils.data.DataLoader(
+        clips, batch, shuffle=True, num_workers=os.cpu_count(), pin_memory=device == "cuda"
+    )
+    model = ByHand({"audio": (1, 0, 0), "visual": (3, 0, 0)}, classes).to(device)
+    optimiser = torch.optim.SGD(model.parameters(), 0.002, 0.9)
+    start = clock(device)
+    for audio, visual, labels in loader:
+        step(model, optimiser, ({"audio": audio.to(device), "visual": visual.to(device)}, labels.to(device)))
+    return clock(device) - start
+
+
+# ---------------------------------------------------------------------------------------------------
+# 10  Command line
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -997,9 +1408,13 @@ def parse(arguments=None):
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     parser.add_argument("--sweep", nargs="+", metavar="FIELD=A,B", help="run a grid, average it over seeds, report it")
     parser.add_argument("--jobs", type=int, metavar="", help="runs of a sweep side by side (one a GPU, or a CPU core)")
+    parser.add_argument("--bench", action="store_true", help="measure this machine, on --dataset's shapes (cremad)")
+    parser.add_argument("--evaluate", nargs="+", metavar="BEST.PT", help="test these checkpoints")
     parser.add_argument("--tsne", nargs="+", metavar="BEST.PT", help="draw the test features of these checkpoints")
+    if "--bench" in (sys.argv if arguments is None else arguments):
+        parser.set_defaults(dataset="cremad")
     given = vars(parser.parse_args(arguments))
-    extra = {key: given.pop(key) for key in ("sweep", "jobs", "tsne")}
+    extra = {key: given.pop(key) for key in ("sweep", "jobs", "bench", "evaluate", "tsne")}
     try:
         for values in itertools.product(*(grid := parse_grid(extra["sweep"] or ())).values()):
             Config(**{**given, **dict(zip(grid, values))})
@@ -1013,7 +1428,13 @@ def parse(arguments=None):
 def main():
     try:
         given, extra = parse()
-        if extra.tsne:
+        if extra.sweep and "RANK" in os.environ:
+            raise data.DataError("--sweep starts processes of its own, one a GPU: run it without torchrun")
+        if extra.bench:
+            bench(given)
+        elif extra.evaluate:
+            evaluate_checkpoints(extra.evaluate, data=given["data"], device=given["device"])
+        elif extra.tsne:
             print(draw_tsne(extra.tsne, data=given["data"], device=given["device"]))
         elif extra.sweep:
             sweep(extra.sweep, {**given, "name": ""}, extra.jobs, given["name"])
@@ -1023,8 +1444,8 @@ def main():
         print(f"dr.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        missing = "; the same command does what is missing" if "--sweep" in sys.argv else ""
-        print(f"\nstopped{missing}", file=sys.stderr)
+        rest = "does what is missing" if "--sweep" in sys.argv else "goes on after the last whole epoch"
+        print(f"\nstopped; the same command {rest}", file=sys.stderr)
         sys.exit(130)
 
 

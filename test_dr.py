@@ -1,6 +1,8 @@
 """Tests: python -m pytest. Each holds the code against something independent of it."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import pickle
@@ -12,9 +14,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from inspect import getsource
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import av
 import nbclient
@@ -98,6 +102,18 @@ def test_purity_of_a_collapsed_encoder_is_the_share_of_the_largest_class():
 def test_purity_says_what_is_wrong(features, labels, says):
     with pytest.raises(ValueError, match=says):
         dr.purity(features, labels, 4)
+
+
+@pytest.mark.parametrize("n, width, k", [(900, 40, 6), (1500, 64, 40), (50, 30, 20), (60, 4, 1)])
+def test_fast_kmeans_is_scikit_learns(n, width, k):
+    rng = np.random.default_rng(k)
+    x = np.maximum(rng.normal(size=(k, width))[rng.integers(k, size=n)] + rng.normal(size=(n, width)), 0)
+    for seed in (0, 1):
+        found, expected = (
+            kind(k, n_init=4, random_state=seed).fit(x.astype(np.float32)) for kind in (dr.FastKMeans, KMeans)
+        )
+        assert np.mean(found.labels_ == expected.labels_) > 0.99  # rounding may move a point
+        assert found.inertia_ == pytest.approx(expected.inertia_, rel=1e-4)
 
 
 def test_gap_is_the_distance_of_the_two_purities():
@@ -328,8 +344,23 @@ def command(*words, **more):
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=HERE, **more)
 
 
+def dr_main(*words):
+    """`python dr.py words`, but in this process: importing PyTorch takes longer than most of what is tested."""
+    told, complained, code = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", ["dr.py", *map(str, words)]),
+        contextlib.redirect_stdout(told),
+        contextlib.redirect_stderr(complained),
+    ):
+        try:
+            dr.main()
+        except SystemExit as end:
+            code = end.code
+    return SimpleNamespace(returncode=code, stdout=told.getvalue(), stderr=complained.getvalue())
+
+
 def test_a_dataset_that_is_not_there(tmp_path):
-    done = command("dr.py", "--dataset", "cremad", "--data", tmp_path)
+    done = dr_main("--dataset", "cremad", "--data", tmp_path)
     assert done.returncode == 2
     assert "git clone" in done.stderr and "python data.py cremad --raw CREMA-D" in done.stderr
     assert "--dataset demo" in done.stderr and "Traceback" not in done.stderr
@@ -348,8 +379,233 @@ def test_a_damaged_dataset_gets_one_clear_line(name, content, prepared, tmp_path
 
 
 def test_help_is_a_page(tmp_path):
-    text = command("dr.py", "--help").stdout
+    text = dr_main("--help").stdout
     assert "lambda in a = tanh" in text and max(map(len, text.splitlines())) <= 80
+
+
+# --- stopped, and gone on with ---------------------------------------------------------------------
+
+NURSERY = """
+import json, os, sys, torch, dr
+torch.set_num_threads(1)
+for line in sys.stdin:
+    if not (child := os.fork()):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        dr.train(dr.Config(**json.loads(line)))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    """A process that has imported dr.py once and forks for every run -> start(config), finish()."""
+    words = [sys.executable, "-c", NURSERY]
+    with subprocess.Popen(words, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def start(config):
+            process.stdin.write(json.dumps(asdict(config)) + "\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        yield start, lambda: int(process.stdout.readline())
+        process.stdin.close()
+
+
+def left_by(folder):
+    """What a finished run leaves, but for the seconds that it took."""
+    log = [json.loads(line) | {"seconds": 0} for line in (folder / "log.jsonl").read_text().splitlines()]
+    best = torch.load(folder / "best.pt", weights_only=True)
+    weights = {**best["model"], **{(m, k): v for m, state in best["initial"].items() for k, v in state.items()}}
+    return log, json.loads((folder / "summary.json").read_text()) | {"seconds": 0}, best["epoch"], weights
+
+
+def test_killed_at_any_time_a_run_comes_out_as_the_undisturbed_one(nursery, prepared, tmp_path):
+    start, finish = nursery
+    more = dict(epochs=6, times=2, encoder="vit")  # with dropout: the random state matters
+    start(config(prepared, tmp_path / "whole", **more))
+    began = time.monotonic()
+    assert finish() == 0
+    lasted, kills, code = time.monotonic() - began, 0, -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        child = start(config(prepared, tmp_path / "torn", **more))
+        if kills < 12:
+            time.sleep(random.random() * lasted / 6)
+            with contextlib.suppress(ProcessLookupError):  # it has finished
+                os.kill(child, signal.SIGKILL)
+        kills, code = kills + 1, finish()
+    assert code == 0 and kills > 10  # the last one was not killed
+    whole, gone_on = left_by(tmp_path / "whole/run"), left_by(tmp_path / "torn/run")
+    assert whole[:3] == gone_on[:3] and len(whole[0]) == 6
+    assert whole[3].keys() == gone_on[3].keys() and all(torch.equal(v, gone_on[3][k]) for k, v in whole[3].items())
+    assert sorted(f.name for f in (tmp_path / "torn/run").iterdir()) == sorted(
+        ["best.pt", "config.json", "curves.png", "log.jsonl", "summary.json"]
+    )
+
+
+def test_what_cannot_be_gone_on_with_is_one_clear_line(prepared, tmp_path, monkeypatch):
+    last = tmp_path / "run/last.pt"
+    words = [
+        "--data",
+        prepared,
+        "--out",
+        tmp_path,
+        "--epochs",
+        2,
+        "--batch-size",
+        16,
+        "--device",
+        "cpu",
+        "--name",
+        "run",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(dr, "report_epoch", stop)  # Ctrl-C after the first epoch's checkpoint
+        done = dr_main(*words)
+    assert (
+        done.returncode == 130 and done.stderr.strip() == "stopped; the same command goes on after the last whole epoch"
+    )
+    whole = last.read_bytes()
+    for spoil, says in (
+        (lambda: None, "run/last.pt is of an unfinished run with other settings (lr 0.02, now 0.5): finish that, "),
+        (
+            lambda: last.write_bytes(whole[:5000]),
+            "run/last.pt is no checkpoint that this dr.py wrote, or it is damaged",
+        ),
+        (
+            lambda: torch.save({"config": {"dataset": "demo", "colour": 1}}, last),
+            "is no checkpoint that this dr.py wrote",
+        ),
+    ):
+        spoil()
+        done = dr_main(*words, "--lr", 0.5)
+        assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+    last.write_bytes(whole)
+    done = dr_main(*words)
+    assert done.returncode == 0 and "goes on after epoch 0 of 1" in done.stdout and not last.exists()
+    assert dr_main(*words).stdout.count("epoch   0") == 1  # what is finished is done anew when asked for
+
+
+def test_a_disk_that_fills_up_loses_nothing(prepared, tmp_path, monkeypatch):
+    write, full = torch.save, OSError(28, "No space left on device")
+
+    def save(content, file):
+        if "optimiser" in content and content["epoch"] == 1 and full:
+            file.write(b"half")
+            raise full
+        write(content, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    words = [
+        "--data",
+        prepared,
+        "--out",
+        tmp_path,
+        "--epochs",
+        3,
+        "--batch-size",
+        16,
+        "--device",
+        "cpu",
+        "--name",
+        "run",
+    ]
+    done = dr_main(*words)
+    assert done.returncode == 2 and "No space left on device" in done.stderr and len(done.stderr.splitlines()) == 1
+    full = None
+    assert "goes on after epoch 0 of 2" in dr_main(*words).stdout
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_checkpoint_is_evaluated(run, prepared, tmp_path):
+    folder, _ = run
+    done = dr_main("--evaluate", folder / "best.pt", "--data", prepared)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert done.returncode == 0 and f"{summary['accuracy']:.1f} %" in done.stdout
+    assert f"{summary['macro_f1']:.1f} %" in done.stdout
+    assert dr_main("--evaluate", tmp_path / "none.pt").returncode == 2
+
+
+def test_bf16_is_near_single_precision(prepared, tmp_path):
+    exact, near = (dr.train(config(prepared, tmp_path / p, precision=p, epochs=2, every=1)) for p in ("fp32", "bf16"))
+    assert not torch.is_autocast_enabled("cpu")  # it has not leaked
+    assert exact[0]["loss"] != near[0]["loss"] == pytest.approx(exact[0]["loss"], abs=0.05)
+    weights = torch.load(tmp_path / "bf16/run/best.pt", weights_only=True)["model"]
+    assert {v.dtype for v in weights.values() if v.is_floating_point()} == {torch.float32}
+
+
+# --- several processes -----------------------------------------------------------------------------
+
+
+# In single precision two orders of adding up differ by enough to send a ReLU the other way.
+IN_DOUBLE_PRECISION = """
+import data, torch
+single = data.normalise
+data.normalise = lambda *args: single(*args).double()
+torch.set_default_dtype(torch.float64)
+"""
+RANK = """
+import json, sys, dr
+dr.train(dr.Config(**json.loads(sys.argv[1])))
+"""
+
+
+def test_two_processes_train_and_diagnose_as_one(prepared, tmp_path, monkeypatch):
+    more = dict(epochs=4, every=1, times=2, batch_size=14)
+    two = config(prepared, tmp_path / "two", **more)
+    (tmp_path / "rank.py").write_text(IN_DOUBLE_PRECISION + RANK)
+    words = "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "rank.py", json.dumps(asdict(two))
+    done = command(*words, env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert done.returncode == 0 and done.stdout.count("epoch   0") == 1, done.stderr
+    monkeypatch.setattr(data, "normalise", data.normalise)  # is put back at the end
+    try:
+        exec(IN_DOUBLE_PRECISION, {})
+        one = dr.train(config(prepared, tmp_path / "one", **more))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    log, summary, _, weights = left_by(tmp_path / "two/run")
+    assert [e["relearnt"] for e in log if "diagnosis" in e] == [True, True, False]
+    for mine, theirs in zip(one, log, strict=True):
+        for key in ("loss", "train", "val", "test", "test_f1"):
+            assert mine[key] == pytest.approx(theirs[key], abs=1e-6)
+        for m, found in mine.get("diagnosis", {}).items():
+            assert found == pytest.approx(theirs["diagnosis"][m], abs=1e-6)
+    _, mine, _, own = left_by(tmp_path / "one/run")
+    assert mine["accuracy"] == summary["accuracy"] and mine["probe"] == pytest.approx(summary["probe"], abs=1e-6)
+    for key, value in own.items():
+        torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_out_every_batch_and_lose_and_double_no_clip_in_evaluation(world, prepared):
+    split = data.load("demo", prepared).val  # 21 clips
+    shares = [list(data.batches(split, 4, part=(rank, world))) for rank in range(world)]
+    assert torch.equal(torch.cat([y for share in shares for _, y in share]), torch.from_numpy(split.labels))
+    whole = data.cut(split, "audio", split.rows)
+    assert torch.equal(torch.cat([x["audio"] for share in shares for x, _ in share]), whole)
+    shuffled = [list(data.batches(split, 8, 1, part=(rank, world))) for rank in range(world)]
+    for k, (x, y) in enumerate(data.batches(split, 8, 1)):
+        pieces = [share[k] for share in shuffled]
+        assert len({len(labels) for _, labels in pieces}) == 1
+        drawn = {tuple(row) for piece, _ in pieces for row in piece["audio"].flatten(1).tolist()}
+        assert drawn == {tuple(row) for row in x["audio"].flatten(1).tolist()}
+        assert 0 <= sum(len(labels) for _, labels in pieces) - len(y) < world
+
+
+def test_arrays_held_on_the_device_and_batches_read_ahead_are_the_same(prepared, monkeypatch):
+    dataset = data.load("demo", prepared)
+    read = lambda: [
+        x for inputs, y in data.batches(dataset.train, 16, 0, augmented=True) for x in (*inputs.values(), y)
+    ]  # noqa: E731
+    plain = read()
+    with monkeypatch.context() as patch:  # as on CUDA
+        patch.setattr(data, "map", data.ahead, raising=False)
+        threaded = read()
+    assert not data.hold(dataset, "cpu", room=1000) and isinstance(dataset.train.arrays["audio"], np.ndarray)
+    assert data.hold(dataset, "cpu", room=10**9) and isinstance(dataset.train.arrays["audio"], torch.Tensor)
+    for x, y, z in zip(plain, threaded, read(), strict=True):
+        assert torch.equal(x, y) and torch.equal(x, z)
 
 
 # --- other fusions, another encoder, ablations ----------------------------------------------------
@@ -526,11 +782,11 @@ def test_tracked_purity_is_that_of_the_test_features(prepared, tmp_path):
 
 @pytest.fixture(scope="session")
 def swept(prepared, tmp_path_factory):
-    """A sweep of 2 methods and 3 seeds, two runs side by side -> its words, its folder, what it printed."""
+    """A sweep of 2 methods and 2 seeds, two runs side by side -> its words, its folder, what it printed."""
     out = tmp_path_factory.mktemp("swept")
-    words = ["dr.py", "--data", prepared, "--out", out, "--device", "cpu", "--epochs", 3, "--every", 1,
-             "--batch-size", 16, "--jobs", 2, "--name", "grid", "--sweep", "method=joint,dr", "seed=0,1,2"]  # fmt: skip
-    done = command(*words)
+    words = ["--data", prepared, "--out", out, "--device", "cpu", "--epochs", 3, "--every", 1,
+             "--batch-size", 16, "--jobs", 2, "--name", "grid", "--sweep", "method=joint,dr", "seed=0,1"]  # fmt: skip
+    done = dr_main(*words)
     assert done.returncode == 0, done.stderr
     return words, out, done.stdout
 
@@ -541,7 +797,7 @@ def test_a_sweep_reports_means_deviations_and_paired_intervals(swept):
     for method in ("joint", "dr"):
         summaries = [json.loads((f / "summary.json").read_text()) for f in sorted(out.glob(f"demo-{method}-*"))]
         found[method] = np.array([s["accuracy"] for s in summaries])
-        assert len(summaries) == 3
+        assert len(summaries) == 2
     table = (out / "grid.md").read_text().splitlines()
     rows = {r.split("|")[1].strip(): [c.strip() for c in r.split("|")[2:-1]] for r in table if r.startswith("| ")}
     assert rows["method"][:4] == ["accuracy", "vs first row", "macro F1", "probe audio"]
@@ -552,7 +808,7 @@ def test_a_sweep_reports_means_deviations_and_paired_intervals(swept):
     assert rows["joint"][1] == "" and (mean - half, mean + half) == pytest.approx(interval, abs=0.11)
     with open(out / "grid.csv") as file:
         lines = list(csv.DictReader(file))
-    assert [(x["method"], int(x["seed"])) for x in lines] == [(m, s) for m in found for s in range(3)]
+    assert [(x["method"], int(x["seed"])) for x in lines] == [(m, s) for m in found for s in range(2)]
     assert [float(x["accuracy"]) for x in lines] == pytest.approx([*found["joint"], *found["dr"]])
     assert np.asarray(Image.open(out / "grid.png").convert("L")).std() > 5
     assert max(map(len, told.splitlines())) <= 80 or str(out) in told  # only paths may be longer
@@ -566,7 +822,7 @@ def test_a_sweep_does_only_what_is_missing(swept):
     (lost / "summary.json").unlink()
     before = json.loads((lost / "log.jsonl").read_text().splitlines()[-1])
     report = (out / "grid.md").read_text()
-    assert command(*words).returncode == 0
+    assert dr_main(*words).returncode == 0
     assert {f.parent.name for f, t in made.items() if f.stat().st_mtime_ns != t} == {lost.name}
     after = json.loads((lost / "log.jsonl").read_text().splitlines()[-1])
     assert {**before, "seconds": 0} == {**after, "seconds": 0} and (out / "grid.md").read_text() == report
@@ -575,7 +831,7 @@ def test_a_sweep_does_only_what_is_missing(swept):
 def test_a_run_that_fails_leaves_the_others_alone_and_is_named(swept, tmp_path):
     words, out, _ = swept
     bad = [tmp_path if w == out else w for w in words[: words.index("--sweep")]]
-    done = command(*bad, "--sweep", "fusion=film,sum", "modalities=visual", "method=joint")
+    done = dr_main(*bad, "--sweep", "fusion=film,sum", "modalities=visual", "method=joint")
     assert done.returncode == 2 and "1 of 2 runs failed" in done.stderr and "two modalities, not 1" in done.stderr
     assert len(list(tmp_path.glob("*fusion=sum*/summary.json"))) == 1 and not list(tmp_path.glob("grid*"))
 
@@ -583,7 +839,7 @@ def test_a_run_that_fails_leaves_the_others_alone_and_is_named(swept, tmp_path):
 def test_ctrl_c_stops_a_sweep_and_its_runs(swept, tmp_path):
     words, out, _ = swept
     words = [tmp_path if w == out else 500 if w == 3 else w for w in words]
-    sweep = subprocess.Popen([sys.executable, *map(str, words)], cwd=HERE, stderr=subprocess.PIPE, text=True,
+    sweep = subprocess.Popen([sys.executable, "dr.py", *map(str, words)], cwd=HERE, stderr=subprocess.PIPE, text=True,
                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
     logs = lambda: sum(f.stat().st_size for f in tmp_path.glob("*/log.jsonl"))  # noqa: E731
     while not logs() and sweep.poll() is None:
@@ -623,7 +879,7 @@ def test_names_of_runs_tell_what_is_not_default():
         assert dr.Config(**dr.parse(dr.flags_of(c))[0]) == c  # a run's caption makes the run
 
 
-def test_tsne_of_a_checkpoint(swept, tmp_path, monkeypatch, capsys):
+def test_tsne_of_a_checkpoint(swept, tmp_path):
     _, out, _ = swept
     first, second = (sorted(out.glob(f"demo-{m}-*"))[0] / "best.pt" for m in ("joint", "dr"))
     assert dr.draw_tsne([first, second], tmp_path / "both.png") == tmp_path / "both.png"
@@ -633,11 +889,8 @@ def test_tsne_of_a_checkpoint(swept, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.pt").write_bytes(first.read_bytes()[:1000])
     (tmp_path / "other.pt").write_bytes(b"no checkpoint")
     for path in ("broken.pt", "other.pt", "none.pt"):
-        monkeypatch.setattr(sys, "argv", ["dr.py", "--tsne", str(tmp_path / path)])
-        with pytest.raises(SystemExit, match="2"):
-            dr.main()
-        says = capsys.readouterr().err
-        assert path in says and len(says.splitlines()) == 1
+        done = dr_main("--tsne", tmp_path / path)
+        assert done.returncode == 2 and path in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 # --- CMU-MOSI -------------------------------------------------------------------------------------
@@ -1249,7 +1502,7 @@ def test_from_the_raw_download_to_a_run(name, fixture, request, tmp_path):
     assert done.returncode == 0 and f"{len(says)} skipped" in done.stdout, done.stderr
     skipped = {i: r for _, i, r in json.loads((tmp_path / name / "manifest.json").read_text())["skipped"]}
     assert sorted(skipped) == sorted(says) and all(says[i] in skipped[i] and skipped[i] in done.stdout for i in says)
-    run = command("dr.py", "--dataset", name, "--data", tmp_path, "--out", tmp_path / "runs", "--encoder", "small",
+    run = dr_main("--dataset", name, "--data", tmp_path, "--out", tmp_path / "runs", "--encoder", "small",
                   "--epochs", 2, "--every", 1, "--device", "cpu", "--name", "run")  # fmt: skip
     assert run.returncode == 0, run.stderr
     history = [json.loads(line) for line in (tmp_path / "runs/run/log.jsonl").read_text().splitlines()]
@@ -1310,6 +1563,38 @@ def test_of_several_frames_kept_the_middle_one_is_taken_unless_augmented():
     y = data.cut(split, "frames", np.arange(12).repeat(9), rng=np.random.default_rng(0))[:, :, 0, 12, 12]
     drawn = np.rint(y.numpy() * spec["std"][0] + spec["mean"][0])
     assert {tuple(d) for d in drawn} == {(i, j) for i in (0, 1, 2) for j in (3, 4, 5)}
+
+
+# --- the bench -------------------------------------------------------------------------------------
+
+
+def test_the_bench_measures_and_prints_a_table(tmp_path):
+    done = dr_main("--bench", "--dataset", "demo", "--batch-size", 8, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+    for what in ("step, one batch in memory", "large matrix product", "epoch", "k-means", "peak memory"):
+        assert re.search(rf"{what} +[\d.,]*[1-9]", done.stdout), what
+    refused = dr_main("--bench", "--dataset", "mosi")
+    assert refused.returncode == 2 and "for demo, cremad" in refused.stderr
+
+
+def test_both_loops_of_the_bench_count_the_same_work():
+    shapes = {"audio": (1, 32, 40), "visual": (2, 3, 32, 32)}
+    ours, by_hand = dr.MultimodalModel(shapes, 6, "resnet18"), dr.ByHand(shapes, 6)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in by_hand.parameters())
+    by_hand.load_state_dict(dict(zip(by_hand.state_dict(), ours.state_dict().values(), strict=True)))
+    inputs = {m: torch.randn(3, *shape) for m, shape in shapes.items()}
+    torch.testing.assert_close(ours.eval()(inputs), by_hand.eval()(inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_the_usual_loops_clips(tmp_path):
+    spec = data.frames_spec(2, 64)
+    scipy.io.wavfile.write(tmp_path / "0.wav", 16000, np.arange(16000, dtype=np.int16))
+    for t in range(2):
+        Image.new("RGB", (480, 360), (255 * t, 0, 0)).save(tmp_path / f"0-{t}.jpg")
+    audio, visual, _ = dr.UsualClips(tmp_path, 1, 3.0, spec)[0]
+    assert audio.shape == (1, 128, 298) and visual.shape == (2, 3, 64, 64) and visual.dtype == torch.float32
+    assert visual[1, 0].mean() > 2 and visual[0, 0].mean() < -2
 
 
 # --- the notebook ---------------------------------------------------------------------------------
