@@ -162,7 +162,7 @@ def upload(array, device):
 
 
 def take(split, modality, rows, device="cpu", rng=None):
-    """Rows of one modality as they are stored; of the frames that are kept of a segment one, drawn or the middle one."""
+    """Rows of one modality as they are stored; of the frames kept of a segment one, drawn or the middle one."""
     spec, array = split.specs[modality], split.arrays[modality]
     index = (rows,)
     if (keep := spec.get("keep", 1)) > 1:

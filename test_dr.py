@@ -595,9 +595,11 @@ def test_processes_share_out_every_batch_and_lose_and_double_no_clip_in_evaluati
 
 def test_arrays_held_on_the_device_and_batches_read_ahead_are_the_same(prepared, monkeypatch):
     dataset = data.load("demo", prepared)
-    read = lambda: [
-        x for inputs, y in data.batches(dataset.train, 16, 0, augmented=True) for x in (*inputs.values(), y)
-    ]  # noqa: E731
+
+    def read():
+        found = data.batches(dataset.train, 16, 0, augmented=True)
+        return [x for inputs, labels in found for x in (*inputs.values(), labels)]
+
     plain = read()
     with monkeypatch.context() as patch:  # as on CUDA
         patch.setattr(data, "map", data.ahead, raising=False)
@@ -1607,10 +1609,12 @@ def test_the_notebook_runs_from_top_to_bottom(prepared, tmp_path, monkeypatch):
     (tmp_path / "prepared").symlink_to(prepared)
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     short = nbformat.from_dict(NOTEBOOK)
-    for cell in short.cells:  # the same cells on a small demo, for fewer epochs
-        for long, brief in (("epochs=24, every=6", "epochs=6, every=2"), ("epochs=12, every=3", "epochs=3, every=1")):
+    shorter = {"epochs=24, every=6": "epochs=6, every=2", "epochs=10, every=3": "epochs=3, every=1",
+               "dict(epochs=20)": "dict(epochs=6)"}  # fmt: skip
+    for long, brief in shorter.items():  # the same cells on a small demo, for fewer epochs
+        assert sum(long in cell.source for cell in short.cells) == 1
+        for cell in short.cells:
             cell.source = cell.source.replace(long, brief)
-    assert sum("epochs=6, every=2" in c.source or "epochs=3, every=1" in c.source for c in short.cells) == 2
     nbclient.NotebookClient(short, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [o for cell in short.cells if cell.cell_type == "code" for o in cell.outputs]
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 11
