@@ -1275,8 +1275,8 @@ def step(model, optimiser, batch):
 
 
 def in_turn(rounds, device, loops):
-    """Median seconds a step of each (model, optimiser, batches), one step of each in turn; a list of one batch is
-    used again and again."""
+    """Seconds a step of each (model, optimiser, batches), one step of each in turn, the fastest: whatever else the
+    machine does only adds to it. A list of one batch is used again and again."""
     seconds, streams = [[] for _ in loops], [itertools.cycle(b) if isinstance(b, list) else b for _, _, b in loops]
     for _ in range(rounds):
         for (model, optimiser, _), stream, taken in zip(loops, streams, seconds):
@@ -1284,7 +1284,7 @@ def in_turn(rounds, device, loops):
             start = clock(device)
             step(model, optimiser, next(stream))
             taken.append(clock(device) - start)
-    return [float(np.median(taken[1:])) for taken in seconds]  # the first one warms up
+    return list(map(min, seconds))
 
 
 def matrix_product(device, dtype):
