@@ -305,9 +305,8 @@ class FastKMeans(KMeans):
                 rows = np.int64(draws[:, :1] * N)
             else:  # a sample is drawn the oftener the farther it is from all centres so far
                 u = draws[:, 1 + (k - 1) * tries :][:, :tries]
-                rows = np.stack([np.searchsorted(d.cumsum(), (d @ one) * v) for d, v in zip(nearest, u)]).clip(
-                    max=N - 1
-                )
+                rows = np.stack([np.searchsorted(d.cumsum(), (d @ one) * v) for d, v in zip(nearest, u)])
+                rows = np.minimum(rows, N - 1)  # (R, tries)
             at = rows.ravel()
             d = np.maximum(norms + norms[at, None] - 2 * x[at] @ x.T, 0).astype(np.float32).reshape(*rows.shape, N)
             d = np.minimum(d, nearest[:, None])  # (R, tries, N)
@@ -1161,9 +1160,8 @@ def draw_bars(axis, values):  # {key: values of the seeds}, some of which may be
 
 def draw_lines(axis, values, x):  # over field number x of the keys; a line for each value of the others
     for k, line in enumerate(dict.fromkeys(key[:x] + key[x + 1 :] for key in values)):
-        keys = sorted(
-            (key for key, v in values.items() if v and key[:x] + key[x + 1 :] == line), key=lambda key: key[x]
-        )
+        keys = [key for key, v in values.items() if v and key[:x] + key[x + 1 :] == line]
+        keys.sort(key=lambda key: key[x])
         at, mean = [key[x] for key in keys], np.array([np.mean(values[key]) for key in keys])
         sd, colour = np.array([deviation(values[key]) for key in keys]), COLOURS[k % 7]
         axis.plot(at, mean, color=colour, marker=MARKERS[k % 7], markersize=5, label=", ".join(map(str, line)))
@@ -1220,15 +1218,13 @@ def bench(given, steps=4):
             loops.append((by_hand, torch.optim.SGD(by_hand.parameters(), 0.002, 0.9), [(contiguous, held[0][1])]))
         floor, disk, *hand = in_turn(30 if device == "cuda" else steps, device, loops)
         speed = flop / floor
-        row(
-            "step, one batch in memory", f"{1000 * floor:.1f} ms", f"{flop / 1e9:.0f} GFLOP, {speed / 1e9:,.0f} GFLOP/s"
-        )
+        note = f"{flop / 1e9:.0f} GFLOP, {speed / 1e9:,.0f} GFLOP/s"
+        row("step, one batch in memory", f"{1000 * floor:.1f} ms", note)
         row("large matrix product", f"{peak / 1e9:,.0f} GFLOP/s", f"the step reaches {speed / peak:.0%} of it")
         row("step, batches from the arrays", f"{1000 * disk:.1f} ms", f"{disk / floor:.3f} of one in memory")
         if resnets:
-            row(
-                "step by hand, torchvision, fp32", f"{1000 * hand[0]:.1f} ms", f"ours takes {floor / hand[0]:.2f} of it"
-            )
+            note = f"ours takes {floor / hand[0]:.2f} of it"
+            row("step by hand, torchvision, fp32", f"{1000 * hand[0]:.1f} ms", note)
         start = clock(device)
         train_epoch(model, optimiser, dataset.train, config, 0)
         each = (clock(device) - start) / some[0]
@@ -1362,17 +1358,15 @@ def usual_epoch(folder, n, seconds, specs, classes, batch, device):
     """Seconds that an epoch takes in the field's usual loop, on clips of CREMA-D's kind: 480 x 360 pixels, 2.5 s of
     sound, padded to `seconds`."""
     rng = np.random.default_rng(0)
-    pictures = [
-        Image.fromarray(rng.integers(256, size=(12, 16, 3), dtype=np.uint8)).resize((480, 360)) for _ in range(8)
-    ]
+    blots = rng.integers(256, size=(8, 12, 16, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(blot).resize((480, 360)) for blot in blots]
     for k in range(n):
         scipy.io.wavfile.write(folder / f"{k}.wav", 16000, rng.integers(-9999, 9999, 40000, dtype=np.int16))
         for t in range(specs["visual"]["count"]):
             pictures[(k + t) % 8].save(folder / f"{k}-{t}.jpg")
     clips = UsualClips(folder, n, seconds, specs["visual"])
-    loader = torch.utils.data.DataLoader(
-        clips, batch, shuffle=True, num_workers=os.cpu_count(), pin_memory=device == "cuda"
-    )
+    workers = dict(num_workers=os.cpu_count(), pin_memory=device == "cuda")
+    loader = torch.utils.data.DataLoader(clips, batch, shuffle=True, **workers)
     model = ByHand({"audio": (1, 0, 0), "visual": (3, 0, 0)}, classes).to(device)
     optimiser = torch.optim.SGD(model.parameters(), 0.002, 0.9)
     start = clock(device)

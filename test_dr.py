@@ -451,20 +451,8 @@ def test_killed_at_any_time_a_run_comes_out_as_the_undisturbed_one(nursery, prep
 
 def test_what_cannot_be_gone_on_with_is_one_clear_line(prepared, tmp_path, monkeypatch):
     last = tmp_path / "run/last.pt"
-    words = [
-        "--data",
-        prepared,
-        "--out",
-        tmp_path,
-        "--epochs",
-        2,
-        "--batch-size",
-        16,
-        "--device",
-        "cpu",
-        "--name",
-        "run",
-    ]
+    words = ["--data", prepared, "--out", tmp_path, "--epochs", 2, "--batch-size", 16, "--device", "cpu",
+             "--name", "run"]  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(dr, "report_epoch", stop)  # Ctrl-C after the first epoch's checkpoint
         done = dr_main(*words)
@@ -557,7 +545,7 @@ dr.train(dr.Config(**json.loads(sys.argv[1])))
 
 
 def test_two_processes_train_and_diagnose_as_one(prepared, tmp_path, monkeypatch):
-    more = dict(epochs=4, every=1, times=2, batch_size=14)
+    more = dict(epochs=3, every=1, times=1, batch_size=14)
     two = config(prepared, tmp_path / "two", **more)
     (tmp_path / "rank.py").write_text(IN_DOUBLE_PRECISION + RANK)
     words = "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "rank.py", json.dumps(asdict(two))
@@ -570,7 +558,7 @@ def test_two_processes_train_and_diagnose_as_one(prepared, tmp_path, monkeypatch
     finally:
         torch.set_default_dtype(torch.float32)
     log, summary, _, weights = left_by(tmp_path / "two/run")
-    assert [e["relearnt"] for e in log if "diagnosis" in e] == [True, True, False]
+    assert [e["relearnt"] for e in log if "diagnosis" in e] == [True, False]
     for mine, theirs in zip(one, log, strict=True):
         for key in ("loss", "train", "val", "test", "test_f1"):
             assert mine[key] == pytest.approx(theirs[key], abs=1e-6)
@@ -630,13 +618,13 @@ def test_every_pair_learns_and_relearning_changes_only_what_is_a_modalitys_own(e
     inputs, labels = {m: torch.randn(12, *shape) for m, shape in shapes.items()}, torch.arange(12) % 4
     optimiser = torch.optim.SGD(model.parameters(), 0.01, 0.9)
     losses = []
-    for _ in range(8):
+    for _ in range(5):
         loss = torch.nn.functional.cross_entropy(model(inputs), labels)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
-    assert min(losses[4:]) < losses[0]
+    assert min(losses[2:]) < losses[0]
     assert all(p.grad is not None for p in model.parameters())  # nothing is left out of the graph
     before = {k: v.clone() for k, v in model.state_dict().items()}
     dr.soft_reinit(model.own("audio"), initial, 0.5)
@@ -1405,7 +1393,7 @@ def test_killed_at_any_time_it_goes_on_and_the_arrays_are_the_same_byte_for_byte
     assert (folder / "manifest.json").read_text() == (undisturbed / "manifest.json").read_text()
 
 
-@pytest.mark.parametrize("wait", [0.01, 0.03, 0.5])  # while the workers are started, and later
+@pytest.mark.parametrize("wait", [0.02, 0.5])  # while the workers are started, and later
 def test_ctrl_c_is_one_clear_line_and_exit_130(wait, crowd, tmp_path):
     process = start(crowd[0], tmp_path)
     time.sleep(wait)
