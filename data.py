@@ -1088,11 +1088,16 @@ def save_journal(journal, safe, paths):
 
 def write_whole(path, write):
     """Have write(file) make a file that is there whole or not at all, even after a power cut."""
-    with open(path.with_suffix(".new"), "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".new"), path)
+    new = path.with_suffix(".new")
+    try:
+        with open(new, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # a disk that is full gets its room back
+        new.unlink(missing_ok=True)
+        raise
+    os.replace(new, path)
 
 
 def write_json(path, content):

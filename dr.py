@@ -24,6 +24,7 @@ runs/<name>/. If it is stopped, the same command goes on.
 
 import argparse
 import csv
+import io
 import itertools
 import json
 import math
@@ -699,7 +700,8 @@ def train(config):
 def save(path, config, epoch, model, initial, **more):
     """Write a checkpoint, whole or not at all."""
     content = {"config": asdict(config), "epoch": epoch, "model": model.state_dict(), "initial": initial, **more}
-    data.write_whole(path, lambda file: torch.save(content, file))
+    torch.save(content, buffer := io.BytesIO())  # into a file it does not say when the disk is full
+    data.write_whole(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def read_checkpoint(path):
@@ -1239,9 +1241,9 @@ def bench(given, steps=4):
         for points in found:
             FastKMeans(classes, n_init=config.n_init, random_state=0).fit_predict(points)
         cluster, training = clock(device) - start, each * counts[0] * config.every
-        share = f"{features / training:.2%} of the {config.every} epochs before it"
+        share = f"{features / training:.1%} of the {config.every} epochs before it"
         row("diagnosis: features", f"{features:.1f} s", share)
-        row("diagnosis: k-means", f"{cluster:.1f} s", f"{cluster / training:.2%}")
+        row("diagnosis: k-means", f"{cluster:.1f} s", f"{cluster / training:.3%}")
         if device == "cuda":
             memory = torch.cuda.max_memory_allocated()
         else:
@@ -1429,7 +1431,8 @@ def main():
         else:
             train(Config(**given))
     except (data.DataError, FloatingPointError, OSError) as error:
-        print(f"dr.py: {error}", file=sys.stderr)
+        hint = "; when that is mended, the same command goes on" if isinstance(error, OSError) else ""
+        print(f"dr.py: {error}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         rest = "does what is missing" if "--sweep" in sys.argv else "goes on after the last whole epoch"

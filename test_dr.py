@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -481,32 +482,22 @@ def test_what_cannot_be_gone_on_with_is_one_clear_line(prepared, tmp_path, monke
 
 
 def test_a_disk_that_fills_up_loses_nothing(prepared, tmp_path, monkeypatch):
-    write, full = torch.save, OSError(28, "No space left on device")
+    words = ["--data", prepared, "--out", tmp_path, "--epochs", 3, "--batch-size", 16, "--device", "cpu",
+             "--name", "run"]  # fmt: skip
+    unlimited, report = resource.getrlimit(resource.RLIMIT_FSIZE), dr.report_epoch
 
-    def save(content, file):
-        if "optimiser" in content and content["epoch"] == 1 and full:
-            file.write(b"half")
-            raise full
-        write(content, file)
+    def fill(*args):  # after the first epoch no file may grow beyond half a checkpoint
+        report(*args)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "run/last.pt").stat().st_size // 2, unlimited[1]))
 
-    monkeypatch.setattr(torch, "save", save)
-    words = [
-        "--data",
-        prepared,
-        "--out",
-        tmp_path,
-        "--epochs",
-        3,
-        "--batch-size",
-        16,
-        "--device",
-        "cpu",
-        "--name",
-        "run",
-    ]
-    done = dr_main(*words)
-    assert done.returncode == 2 and "No space left on device" in done.stderr and len(done.stderr.splitlines()) == 1
-    full = None
+    monkeypatch.setattr(dr, "report_epoch", fill)
+    try:
+        done = dr_main(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    monkeypatch.undo()
+    assert done.returncode == 2 and "File too large" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "the same command goes on" in done.stderr and not list(tmp_path.rglob("*.new"))  # the room is given back
     assert "goes on after epoch 0 of 2" in dr_main(*words).stdout
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 3
 
