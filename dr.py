@@ -17,6 +17,7 @@ encoder is pulled back towards its initial weights, the further the larger g:
     python dr.py --evaluate runs/demo-dr-0/best.pt       on the test set
     python dr.py --tsne runs/demo-dr-0/best.pt           its features, drawn
     torchrun --nproc_per_node=2 dr.py --dataset cremad   on two GPUs
+    python dr.py --bench               how fast this machine trains
 
 A run leaves config.json, log.jsonl, summary.json, best.pt and curves.png in
 runs/<name>/. If it is stopped, the same command goes on.
