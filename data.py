@@ -177,15 +177,23 @@ def take(split, modality, rows, device="cpu", rng=None):
 def normalise(x, spec, rng=None):
     """What `take` returns as a normalised float tensor; augmented if given a random generator.
 
-    frames (B, T, 3, H, W) and flow (B, T, 2, H, W), which stay channels-last in memory, the layout that
-    convolutions are fastest on; fbank (B, 1, F, T); sequence (B, T, D), its padding exactly 0.
+    frames (B, T, 3, H, W) and flow (B, T, 2, H, W), which stay channels-last in memory (see layout);
+    fbank (B, 1, F, T); sequence (B, T, D), its padding exactly 0.
     """
     if spec["kind"] == "sequence":  # standardised when it was prepared
         return x
     mean, std = (upload(np.float32(spec[key]), x.device) for key in ("mean", "std"))
     x = x.float().sub_(mean).div_(std)
-    x = x if spec["kind"] == "fbank" else x.movedim(-1, -3)
+    if spec["kind"] != "fbank":
+        x = x.movedim(-1, -3)
+        x = x if layout(x.device.type) is torch.channels_last else x.contiguous()
     return augment(x, spec["kind"], rng) if rng else x
+
+
+def layout(device):
+    """How pictures lie in memory: channels last, which convolutions are fastest on. Not on MPS, where the gradients of
+    batch-norm were wrong in it until the summer of 2026 (pytorch/pytorch#175189)."""
+    return torch.contiguous_format if device == "mps" else torch.channels_last
 
 
 def cut(split, modality, rows, device="cpu", rng=None):

@@ -772,7 +772,7 @@ def make_model(config, dataset):
         for module in model.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = SharedBatchNorm  # the same parameters and buffers
-    model.to(config.device, memory_format=torch.channels_last)
+    model.to(config.device, memory_format=data.layout(config.device))
     if config.precision == "bf16" or (config.precision == "auto" and config.device == "cuda"):
         for name in ("forward", "features"):  # one autocast each: forward calls features, and none may be entered twice
             setattr(model, name, torch.autocast(config.device, torch.bfloat16)(getattr(model, name)))
