@@ -616,7 +616,7 @@ def train_epoch(model, optimiser, split, config, epoch):
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        right = (logits.argmax(1) == labels).sum()
+        right = (logits.argmax(1) == labels).float().sum()
         totals += torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
     if world > 1:
         dist.all_reduce(totals)

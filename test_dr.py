@@ -8,7 +8,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -484,6 +483,7 @@ def test_what_cannot_be_gone_on_with_is_one_clear_line(prepared, tmp_path, monke
 def test_a_disk_that_fills_up_loses_nothing(prepared, tmp_path, monkeypatch):
     words = ["--data", prepared, "--out", tmp_path, "--epochs", 3, "--batch-size", 16, "--device", "cpu",
              "--name", "run"]  # fmt: skip
+    resource = pytest.importorskip("resource")  # there is none on Windows
     unlimited, report = resource.getrlimit(resource.RLIMIT_FSIZE), dr.report_epoch
 
     def fill(*args):  # after the first epoch no file may grow beyond half a checkpoint
