@@ -602,6 +602,16 @@ def probe(model, train, test, device="cpu"):
     return once(lambda: {m: 100 * linear.fit(x_train[m], y_train).score(x_test[m], y_test) for m in x_train})
 
 
+def step(model, optimiser, inputs, labels):
+    """One step of training -> the batch's mean loss, and its logits (B, C)."""
+    logits = model(inputs).float()
+    loss = F.cross_entropy(logits, labels)
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    return loss.detach(), logits
+
+
 def train_epoch(model, optimiser, split, config, epoch):
     """One pass over the training set -> (mean loss, accuracy in per cent)."""
     model.train()
@@ -611,13 +621,9 @@ def train_epoch(model, optimiser, split, config, epoch):
                disable=True if rank else None, ncols=78, unit="step")  # fmt: skip
     totals = torch.zeros(3, device=device)  # of loss, right answers, clips; read once an epoch: no step waits for it
     for inputs, labels in bar:
-        logits = model(inputs).float()
-        loss = F.cross_entropy(logits, labels)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+        loss, logits = step(model, optimiser, inputs, labels)
         right = (logits.argmax(1) == labels).float().sum()
-        totals += torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
+        totals += torch.stack([loss * len(labels), right, torch.full_like(right, len(labels))])
     if world > 1:
         dist.all_reduce(totals)
     loss_sum, right, count = totals.tolist()
@@ -1212,7 +1218,7 @@ def bench(given, steps=4):
         optimiser = torch.optim.SGD(model.parameters(), config.lr, config.momentum)
         held = [next(data.batches(dataset.train, batch, 0, device))]
         with FlopCounterMode(display=False) as counter:
-            step(model, optimiser, held[0])
+            step(model, optimiser, *held[0])
         flop, peak = counter.get_total_flops(), matrix_product(device, model(held[0][0]).dtype)
         loops = [(model, optimiser, held), (model, optimiser, data.batches(dataset.train, batch, 0, device))]
         if resnets := all(encoder.width == 512 for encoder in model.encoders.values()):
@@ -1266,13 +1272,6 @@ def clock(device):
     return time.perf_counter()
 
 
-def step(model, optimiser, batch):
-    loss = F.cross_entropy(model(batch[0]).float(), batch[1])
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
-
-
 def in_turn(rounds, device, loops):
     """Seconds a step of each (model, optimiser, batches), one step of each in turn, the fastest: whatever else the
     machine does only adds to it. A list of one batch is used again and again."""
@@ -1281,7 +1280,7 @@ def in_turn(rounds, device, loops):
         for (model, optimiser, _), stream, taken in zip(loops, streams, seconds):
             model.train()
             start = clock(device)
-            step(model, optimiser, next(stream))
+            step(model, optimiser, *next(stream))
             taken.append(clock(device) - start)
     return list(map(min, seconds))
 
@@ -1374,7 +1373,7 @@ def usual_epoch(folder, n, seconds, specs, classes, batch, device):
     optimiser = torch.optim.SGD(model.parameters(), 0.002, 0.9)
     start = clock(device)
     for audio, visual, labels in loader:
-        step(model, optimiser, ({"audio": audio.to(device), "visual": visual.to(device)}, labels.to(device)))
+        step(model, optimiser, {"audio": audio.to(device), "visual": visual.to(device)}, labels.to(device))
     return clock(device) - start
 
 
