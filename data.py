@@ -415,7 +415,10 @@ def open_media(path):
         raise BadClip(f"{path.name}: a git-lfs stub, never fetched")
     # FFmpeg would probe a WAV for coded sound in disguise, which takes ten times as long as reading it
     options = {"probesize": "4096"} if path.suffix == ".wav" else {}
-    return av.open(str(path), metadata_errors="replace", options=options)
+    try:
+        return av.open(str(path), options=options)
+    except UnicodeDecodeError:  # a title in some other encoding, which PyAV reads from 19 on and refuses before
+        return av.open(str(path), options=options, metadata_errors="replace")
 
 
 def is_stub(path):
