@@ -146,7 +146,7 @@ def add_noise(dataset, modality, level):
         split.arrays[modality] = noisy
 
 
-def hold(dataset, device, room):
+def move_to_gpu(dataset, device, max_bytes):
     """Move the arrays into the memory of an accelerator, once, if they take no more than `room` bytes -> whether."""
     splits = (dataset.train, dataset.val, dataset.test)
     fits = sum(array.nbytes for split in splits for array in split.arrays.values()) <= room
@@ -186,14 +186,14 @@ def normalise(x, spec, rng=None):
     x = x.float().sub_(mean).div_(std)
     if spec["kind"] != "fbank":
         x = x.movedim(-1, -3)
-        x = x if layout(x.device.type) is torch.channels_last else x.contiguous()
+        x = x if memory_format(x.device.type) is torch.channels_last else x.contiguous()
     return augment(x, spec["kind"], rng) if rng else x
 
 
-def layout(device):
+def memory_format(device):
     """How pictures lie in memory: channels last, which convolutions are fastest on. Not on MPS, where the gradients of
     batch-norm were wrong in it until the summer of 2026 (pytorch/pytorch#175189)."""
-    return torch.contiguous_format if device == "mps" else torch.channels_last
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
 def cut(split, modality, rows, device="cpu", rng=None):
@@ -1014,7 +1014,7 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     skipped = {i for _, i, _ in bad}
     for s in ids:
         labels = np.array([-1 if c.id in skipped else c.label for c in clips if c.split == s], np.int64)
-        write_whole(folder / s / "labels.npy", lambda file, labels=labels: np.save(file, labels))
+        write_atomically(folder / s / "labels.npy", lambda file, labels=labels: np.save(file, labels))
     write_json(folder / "manifest.json", {**plan, "skipped": sorted(bad)})
     journal.unlink(missing_ok=True)
     (folder / "plan.json").unlink()
@@ -1097,7 +1097,7 @@ def save_journal(journal, safe, paths):
     safe.clear()
 
 
-def write_whole(path, write):
+def write_atomically(path, write):
     """Have write(file) make a file that is there whole or not at all, even after a power cut."""
     new = path.with_suffix(".new")
     try:
@@ -1112,7 +1112,7 @@ def write_whole(path, write):
 
 
 def write_json(path, content):
-    write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 # ---------------------------------------------------------------------------------------------------
