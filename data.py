@@ -147,9 +147,9 @@ def add_noise(dataset, modality, level):
 
 
 def move_to_gpu(dataset, device, max_bytes):
-    """Move the arrays into the memory of an accelerator, once, if they take no more than `room` bytes -> whether."""
+    """Move the arrays into the memory of an accelerator, once, if they take no more than `max_bytes` -> whether."""
     splits = (dataset.train, dataset.val, dataset.test)
-    fits = sum(array.nbytes for split in splits for array in split.arrays.values()) <= room
+    fits = sum(array.nbytes for split in splits for array in split.arrays.values()) <= max_bytes
     for split in splits if fits else ():
         split.arrays = {m: torch.tensor(array).to(device) for m, array in split.arrays.items()}
     return fits
