@@ -831,9 +831,9 @@ def flags_of(config):
     return words
 
 
-def differences(config, other):
-    """The fields in which two runs differ; where they run is not among them."""
-    return [k for k, v in asdict(config).items() if k not in ("device", "data", "out") and v != getattr(other, k)]
+def differences(config, settings):
+    """The fields in which a run differs from the settings of another; where they run is not among them."""
+    return [k for k, v in asdict(config).items() if k not in ("device", "data", "out") and v != settings.get(k)]
 
 
 def set_up(config):
@@ -930,8 +930,8 @@ def resume(config, model, initial, optimiser):
     path = config.folder / "last.pt"
     if not path.exists():
         return [], None
-    content, other = read_checkpoint(path)
-    if differ := ", ".join(differences(config, other)):
+    content, _ = read_checkpoint(path)
+    if differ := ", ".join(differences(config, content["config"])):
         raise data.DataError(f"{path} is of an unfinished run with another {differ}: finish that, delete its folder, or "
                              "give this one another --name")  # fmt: skip
     model.load_state_dict(content["model"])
@@ -1043,7 +1043,9 @@ def draw_curves(history, path, title, caption):
     for axis, (label, values) in zip(axes, panels.items()):
         names = [column.split(".")[-2:][0] for column in values]
         style = "-" if len(values) == len(log) else "o-"
-        values.set_axis(names, axis=1).plot(ax=axis, style=style, color=COLOURS, ylabel=label, ylim=(0, None))
+        colours = ["0.6", COLOURS[2], "black"] if axis is axes[0] else COLOURS
+        values.set_axis(names, axis=1).plot(ax=axis, style=style, color=colours, ylabel=label)
+        axis.set_ylim(bottom=0)
         axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         for epoch in relearnt.index:
             axis.axvline(epoch, color="0.85", zorder=0)
@@ -1112,11 +1114,9 @@ def expand(words, base):
 
 def is_done(config):
     """Has this very run been finished, on whatever device?"""
-    try:
-        made = Config(**json.loads((config.folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError):
+    if not (config.folder / "summary.json").exists():
         return False
-    return (config.folder / "summary.json").exists() and not differences(config, made)
+    return not differences(config, json.loads((config.folder / "config.json").read_text()))
 
 
 def train_quietly(settings):
@@ -1168,8 +1168,8 @@ def sweep(words, base, jobs=None, name=""):
     run_all(configs, jobs)
     names = [word.partition("=")[0].replace("-", "_") for word in words if not word.startswith("seed=")] or ["method"]
     rows = [asdict(c) | json.loads((c.folder / "summary.json").read_text()) for c in configs]
-    runs = pd.json_normalize(ensembles(configs) + rows, sep=" ")
-    metrics = runs.filter(regex="^(accuracy|macro|probe|strength|seconds per)").columns
+    runs = pd.json_normalize(rows + ensembles(configs), sep=" ")
+    metrics = sorted(runs.filter(regex="^(accuracy|macro|probe|strength|seconds per)"), key=lambda metric: metric[0])
     runs.insert(0, "setting", runs[names].astype(str).agg(", ".join, axis=1))
     table = tabulate(runs, names, metrics)
 
@@ -1181,7 +1181,7 @@ def sweep(words, base, jobs=None, name=""):
     Path(f"{stem}.md").write_text("\n".join([f"    {caption}", "", *lines, "", note, ""]), encoding="utf-8")
     runs[[*names, "seed", *metrics]].to_csv(f"{stem}.csv", index=False)
     draw_sweep(runs, metrics, f"{stem}.png", caption)
-    print(f"\n{table.to_string(index=False, line_width=80)}\n\n{note}\n{stem}.md, .csv and .png")
+    print(f"\n{table.drop(columns=names).to_string(line_width=80)}\n\n{note}\n{stem}.md, .csv and .png")
     return runs
 
 
@@ -1205,7 +1205,7 @@ def tabulate(runs, names, metrics):
     95 % interval (Student's t): to the first method, all else alike, or to the first row."""
     groups = runs.groupby("setting", sort=False)
     table = groups[names].first().astype(str)
-    first = runs["method" if "method" in names else "setting"].iloc[-1]
+    first = runs["method" if "method" in names else "setting"][0]
     like = table.assign(method=first)[names].agg(", ".join, axis=1) if "method" in names else [first] * len(table)
     wide = runs.pivot(index="seed", columns="setting", values="accuracy")[table.index]
     paired = wide - wide.reindex(columns=like).set_axis(wide.columns, axis=1)
