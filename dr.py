@@ -1037,9 +1037,10 @@ def draw_curves(history, path, title, caption):
     panels = {"accuracy in %": log[["train", "val", "test"]], "purity gap g": log.filter(regex="gap$").dropna()}
     panels |= {"strength a": relearnt.filter(regex="strength$"), "test purity P": log.filter(regex="^test_purity")}
     panels = {label: values for label, values in panels.items() if values.size}
-    heights = [2] + [1] * (len(panels) - 1)
-    size = (7, 1 + 2 * len(heights))
-    figure, axes = plt.subplots(len(heights), figsize=size, height_ratios=heights, sharex=True, layout="constrained")
+    ratios = {"height_ratios": [2] + [1] * (len(panels) - 1)}
+    size = (7, 1 + 2 * len(panels))
+    figure = plt.figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw=ratios)[:, 0]
     for axis, (label, values) in zip(axes, panels.items()):
         names = [column.split(".")[-2:][0] for column in values]
         style = "-" if len(values) == len(log) else "o-"
