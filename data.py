@@ -5,16 +5,14 @@ and from those to batches.
     python data.py kinetics --raw kinetics400     Kinetics-Sounds' 31 classes
     python data.py ucf101   --raw UCF101          RGB and optical flow
     python data.py mosi     --raw aligned_50.pkl  CMU-MOSI, a pickle of features
-    python data.py my_clips.csv                   your own: a column `label`, and
-                                                  one of files per modality
+    python data.py my_clips.csv                   your own, see own_data
     python data.py demo                           drawn on the spot, no download
     python data.py cremad   --show                a page of what was prepared
     python data.py cremad   --help                all that can be set
 
 What it leaves behind, and what training reads, is a folder of NumPy arrays:
 
-    prepared/cremad/manifest.json      classes, clip ids, parameters, what was
-                                       skipped and why
+    prepared/cremad/manifest.json      classes, ids, parameters, what was skipped
     prepared/cremad/train/visual.npy   (N, T, H, W, 3) uint8
     prepared/cremad/train/audio.npy    (N, 1, F, T) float16
     prepared/cremad/train/labels.npy   (N,) int64, -1 if the clip was skipped
@@ -37,7 +35,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import parent_process
@@ -69,14 +67,12 @@ class BadClip(Exception):
     """One clip that cannot be used: it is skipped, counted, and listed in the manifest."""
 
 
-# ---------------------------------------------------------------------------------------------------
-# 1  The datasets: from a raw folder to clips. One lister each; its keyword arguments are its options.
-# ---------------------------------------------------------------------------------------------------
+# --- 1  The datasets: from a raw folder to clips. One lister each; its keyword arguments are its options. ---
 
 
 @dataclass
 class Clip:
-    """One sample before it is prepared: what it shows, which split it is in, and where its files are."""
+    """One sample before it is prepared."""
 
     id: str
     label: int
@@ -88,10 +84,8 @@ class Clip:
 
 
 def frames_spec(count, size, keep=1, **more):  # ImageNet's mean and deviation, in units of 0..255
-    mean = [123.675, 116.28, 103.53]
-    std = [58.395, 57.12, 57.375]
     return {"kind": "frames", "count": count, "keep": keep, "size": size, "shape": [count * keep, size, size, 3],
-            "dtype": "uint8", "mean": mean, "std": std, **more}  # fmt: skip
+            "dtype": "uint8", "mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], **more}  # fmt: skip
 
 
 def flow_spec(count, size, keep=1, **more):
@@ -100,68 +94,49 @@ def flow_spec(count, size, keep=1, **more):
 
 
 def fbank_spec(bins, seconds, shift=10.0):  # the official code's (x + 4.503877) / (2 * 5.141276)
-    shape = [1, bins, round(seconds * 1000 / shift)]
-    return {"kind": "fbank", "bins": bins, "shift": shift, "shape": shape, "dtype": "float16",
-            "mean": -4.503877, "std": 2 * 5.141276}  # fmt: skip
+    return {"kind": "fbank", "bins": bins, "shift": shift, "shape": [1, bins, round(seconds * 1000 / shift)],
+            "dtype": "float16", "mean": -4.503877, "std": 2 * 5.141276}  # fmt: skip
 
 
 def find_files(raw, *suffixes):
-    """All files below a folder, at any depth, that end in one of `suffixes`, in any case.
+    """All files below a folder that end so, at any depth and in any case, the best last: {path.stem: path} holds them.
 
-    The best come last, so that {path.stem: path} holds them: Kinetics' `replacement` of corrupt clips wins over
-    everything, then an earlier suffix over a later one.
+    Kinetics' `replacement` of a corrupt clip is better than anything; then .flv is better than .mp4, by the alphabet.
     """
     paths = []
     for folder, _, names in os.walk(raw, followlinks=True):
-        wanted = [name for name in names if name.lower().endswith(suffixes)]
-        paths += [Path(folder, name) for name in wanted]
-
-    def rank(path):
-        replaces = "replacement" in path.relative_to(raw).as_posix()
-        return not replaces, suffixes.index(path.suffix.lower()), path
-
-    return sorted(paths, key=rank, reverse=True)
-
-
-SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val",
-               "validation": "val", "test": "test", "testing": "test"}  # fmt: skip
+        paths += [Path(folder, name) for name in names if name.lower().endswith(suffixes)]
+    return sorted(paths, key=lambda p: (not p.parent.name.startswith("replacement"), p.suffix, p), reverse=True)
 
 
 def split_of(name):
-    """The split that a file or folder is named after, as my_train, validate, val_256 are; '' if none or several."""
-    words = set(re.split("[^a-z]+", name.lower()))
-    found = {split for word, split in SPLIT_WORDS.items() if word in words}
-    return found.pop() if len(found) == 1 else ""
+    """The split that a file or folder is named after, as my_train, validate, val_256 are; None if none or several."""
+    found = set(re.findall("(?<![a-z])(train|val|test)(?:ing|id|idate|idation)?(?![a-z])", name.lower()))
+    return found.pop() if len(found) == 1 else None
 
 
 def find_lists(folder, *suffixes):
-    """{split: path} of the lists named after a split, in the order train, val, test."""
+    """{split: path} of the lists that are named after a split."""
     found = {split_of(path.stem): path for path in find_files(folder, *suffixes)}
     return {split: found[split] for split in ("train", "val", "test") if split in found}
 
 
-def read_lines(path):
-    """The fields of every line that is not empty, split at commas."""
-    return [line.strip().split(",") for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-
-
 def draw_splits(clips, val=0.1, test=0.1, unit=lambda clip: clip.id):
-    """Move shares of the training clips to test and validation, at random, every class in its share.
+    """Move shares of the training clips to test and val, at random, every class in its share.
 
-    Clips of one `unit` (an actor, a group cut from one video) stay together.
+    The clips of one `unit` (an actor, a group cut from one video) stay together.
     """
     kinds = {}  # {unit: its class, or -1 if it holds several}
     for clip in clips:
         if clip.split == "train":
-            kind = kinds.setdefault(unit(clip), clip.label)
-            kinds[unit(clip)] = kind if kind == clip.label else -1
+            kinds[unit(clip)] = clip.label if kinds.get(unit(clip), clip.label) == clip.label else -1
     total = len(kinds)
     for split, share in ("test", test), ("val", val):
         drawn = hold_out(kinds, round(share * total))
-        kinds = {u: kind for u, kind in kinds.items() if u not in drawn}
         for clip in clips:
             if clip.split == "train" and unit(clip) in drawn:
                 clip.split = split
+                kinds.pop(unit(clip), None)
 
 
 def hold_out(kinds, n):
@@ -176,17 +151,18 @@ def hold_out(kinds, n):
 
 
 def complete_splits(clips):
-    """Where nothing is called test, validation is the test set; where nothing is left for it, a tenth of train is."""
+    """Without a test set, validation becomes it; without a validation set, a tenth of the training clips does."""
     splits = {clip.split for clip in clips}
-    if "test" not in splits:
-        for clip in clips:
-            clip.split = {"val": "test"}.get(clip.split, clip.split)
+    for clip in clips:
+        if clip.split == "val" and "test" not in splits:
+            clip.split = "test"
     if not {"val", "test"} <= splits:
         draw_splits(clips, test=0)
     return clips
 
 
 EMOTIONS = ["ANG", "DIS", "FEA", "HAP", "NEU", "SAD"]
+CREMAD_ID = re.compile(r"\d{4}_[A-Z]{3}_(ANG|DIS|FEA|HAP|NEU|SAD)_[A-Z]{2}")
 
 
 def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, split="clips", split_dir=None):
@@ -194,68 +170,54 @@ def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, split="clips", split_di
 
     `raw` holds <id>.wav and <id>.flv (or .mp4) at any depth. split "clips" draws 80 / 10 / 10 per cent at random over
     clips, as in the paper: every actor is in all three. "actors" holds out whole actors. `split_dir` holds lists with
-    lines `id,EMO` instead: my_train.csv (or train.csv), test.csv and, if not a tenth of train is to be drawn, val.csv.
+    lines `id,EMO` instead: my_train.csv or train.csv, test.csv, and val.csv unless a tenth of train is to be drawn.
 
-    Three pairs of WAVs are the same byte for byte under two labels (1006_TIE_HAP and NEU, 1013_WSI_DIS and SAD,
-    1017_IWW_ANG and FEA), and four clips are known to be bad: 1076_MTI_SAD_XX shows an error picture to silence, and
-    1076_MTI_NEU_XX has three frames, 1064_TIE_SAD_XX 18 and no duration, 1064_IEO_DIS_MD a minute, of which the first
-    ten seconds are used. They are kept, as in all published results, if FFmpeg can read them.
+    Three pairs of WAVs are the same byte for byte under two labels (1006_TIE_HAP_XX and NEU, 1013_WSI_DIS_XX and SAD,
+    1017_IWW_ANG_XX and FEA), and four clips are known to be bad: 1076_MTI_SAD_XX shows an error picture to silence,
+    1076_MTI_NEU_XX has three frames, 1064_TIE_SAD_XX 18 and no duration, 1064_IEO_DIS_MD a minute, of which ten
+    seconds are used. What FFmpeg can read of them is kept, as in all published results.
     """
-    name = re.compile(rf"\d{{4}}_[A-Z]{{3}}_({'|'.join(EMOTIONS)})_[A-Z]{{2}}")
-    sounds = {path.stem: path for path in find_files(raw, ".wav") if name.fullmatch(path.stem)}
-    pictures = {path.stem: path for path in find_files(raw, ".flv", ".mp4") if name.fullmatch(path.stem)}
-    if not sounds and not pictures:
-        raise DataError(f"{raw} is no CREMA-D: it holds no <id>.flv and no <id>.wav, as 1001_DFA_ANG_XX.wav")
-    for found, part in (sounds, "AudioWAV/*.wav, the sound"), (pictures, "VideoFlash/*.flv, the pictures"):
-        if not found:
-            raise DataError(f"{raw} lacks {part}: fetch that folder, too, from {MIRROR}")
+    sounds = {path.stem: path for path in find_files(raw, ".wav")}
+    pictures = {path.stem: path for path in find_files(raw, ".flv", ".mp4")}
+    clips = cremad_clips(raw, sorted({**sounds, **pictures}), sounds, pictures)
+    for found, what in (sounds, "sound: no AudioWAV/<id>.wav"), (pictures, "picture: no VideoFlash/<id>.flv"):
+        if not any(clip.id in found for clip in clips):
+            raise DataError(f"{raw} holds no CREMA-D, or a copy without {what}. Fetch it from {MIRROR}")
     if split not in ("clips", "actors"):
         raise DataError(f"--split is clips or actors, not {split}")
-    clips = cremad_clips(raw, sorted({*sounds, *pictures}), sounds, pictures)
     if split_dir:
-        where = read_splits(Path(split_dir), {clip.id for clip in clips})
-        clips = [Clip(c.id, c.label, where[c.id], c.files) for c in clips if c.id in where]
-        complete_splits(clips)
-    elif split == "actors":
-        draw_splits(clips, unit=lambda clip: clip.id[:4])
+        clips = complete_splits(read_splits(split_dir, clips))
     else:
-        draw_splits(clips)
+        draw_splits(clips, unit=lambda clip: clip.id[:4] if split == "actors" else clip.id)
     # one clip of the real set goes on for a minute after a sentence of three seconds
-    specs = {"audio": fbank_spec(128, seconds), "visual": frames_spec(frames, size, keep, longest=10)}
-    return clips, EMOTIONS, specs
+    return clips, EMOTIONS, {"audio": fbank_spec(128, seconds), "visual": frames_spec(frames, size, keep, longest=10)}
 
 
 def cremad_clips(raw, ids, sounds, pictures):
-    """The clips, all of them in train; ids are <actor>_<sentence>_<emotion>_<level>."""
+    """The clips, all of them in train; ids are <actor>_<sentence>_<emotion>_<level>, and other names are left out."""
     clips = []
-    for i in ids:
-        audio = sounds.get(i, raw / "AudioWAV" / f"{i}.wav")
-        visual = pictures.get(i, raw / "VideoFlash" / f"{i}.flv")
-        clips.append(Clip(i, EMOTIONS.index(i[9:12]), "train", {"audio": audio, "visual": visual}))
+    for i in filter(CREMAD_ID.fullmatch, ids):
+        files = {"audio": sounds.get(i, raw / f"AudioWAV/{i}.wav"), "visual": pictures.get(i, raw / f"VideoFlash/{i}.flv")}
+        clips.append(Clip(i, EMOTIONS.index(i[9:12]), "train", files))
     return clips
 
 
-def read_splits(folder, known):
-    """{id: split} from CREMA-D's circulating split files; an unknown id, a wrong label or an overlap is an error."""
-    where = {}
-    lists = find_lists(folder, ".csv")
-    if not {"train", "test"} <= lists.keys():
-        raise DataError(f"{folder} lacks lists: it takes my_train.csv (or train.csv), test.csv and maybe val.csv")
-    for split, path in lists.items():
-        for number, row in enumerate(read_lines(path), 1):
-            clip = row[0]
-            emotion = row[-1]
-            at = f"{path}, line {number}: {clip}"
-            if clip not in known:
-                if number == 1 and emotion not in EMOTIONS:
-                    continue  # some of these files have a header line
-                raise DataError(f"{at} is not among the raw files")
-            if emotion != clip[9:12]:
-                raise DataError(f"{at} is labelled {emotion}, but its name says {clip[9:12]}")
-            if clip in where:
-                raise DataError(f"{at} is in the {where[clip]} split already")
-            where[clip] = split
-    return where
+def read_splits(folder, clips):
+    """The clips that CREMA-D's circulating lists name; an unknown id, a wrong label or an overlap is an error."""
+    known = {clip.id: clip for clip in clips}
+    listed = {}
+    for split, path in find_lists(folder, ".csv").items():
+        for number, line in enumerate(path.read_text("utf-8-sig").split(), 1):
+            i, _, emotion = line.partition(",")
+            if i in known and i[9:12] == emotion and i not in listed:
+                listed[i] = known[i]
+                listed[i].split = split
+            elif number > 1 or emotion in EMOTIONS or i in known:  # else some of these files have a header line
+                raise DataError(f"{path}, line {number}: {line} is not among the raw files, not what its name says, or "
+                                "listed twice")  # fmt: skip
+    if not listed:
+        raise DataError(f"{folder} holds no lists: it takes my_train.csv (or train.csv), test.csv and maybe val.csv")
+    return list(listed.values())
 
 
 KINETICS_SOUNDS = """blowing nose, blowing out candles, bowling, chopping wood, dribbling basketball, laughing,
@@ -269,253 +231,205 @@ def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, split_dir=None):
     """Kinetics-Sounds: the clips of 31 classes out of Kinetics-400 -> (clips, classes, specs).
 
     `raw` holds, at any depth, train and val (or test) with a folder per class, or flat beside train.csv and val.csv
-    (label, youtube_id, time_start, ...). `split_dir` holds lists with lines <youtube id>_<start>...,<seconds>,<label>
-    instead: train.txt, test.txt and maybe val.txt. By folders and tables, test is the validation set where there is
-    one, 1,544 clips, and validation a tenth of train. The lists that circulate test on Kinetics-400's *test* split.
+    (label,youtube_id,time_start,...). `split_dir` holds the lists that circulate instead, train.txt and test.txt with
+    lines <youtube id>_<start>...,<seconds>,<label>. Test is the validation set, of 1,544 clips, where there is one,
+    and validation a tenth of train; but the circulating lists test on Kinetics-400's *test* split.
     """
     paths = find_files(raw, ".mp4", ".mkv", ".webm")
     found = {clip_key(path.stem): path for path in paths}
-    tables = find_lists(raw, ".csv")
-    if split_dir:
-        rows = kinetics_lists(Path(split_dir))
-    elif tables:
-        rows = kinetics_tables(tables)
+    lists = find_lists(split_dir or raw, ".txt", ".csv")
+    if lists:
+        rows = [(split, *row) for split, path in lists.items() for row in kinetics_rows(path)]
     else:
         rows = kinetics_folders(raw, paths)
     if not any(key in found for _, key, _ in rows):
         raise DataError(f"{raw} holds no clip of Kinetics-Sounds: it takes train/<class>/<id>_<start>_<end>.mp4 and "
                         "val/<class>/..., or flat folders beside train.csv and val.csv, or --split-dir")  # fmt: skip
-    if not split_dir and any(split == "val" for split, _, _ in rows):
-        rows = [row for row in rows if row[0] != "test"]
+    has_val = any(split == "val" for split, _, _ in rows)
     clips = {}
-    for split, key, label in sorted(rows, key=lambda row: ("train", "val", "test").index(row[0])):
+    for split, key, label in rows:
         path = found.get(key, raw / f"{key}.mp4")
-        clips[key] = Clip(key, label, split, {"audio": path, "visual": path})
+        if split_dir or split != "test" or not has_val:
+            clips[key] = Clip(key, label, split, {"audio": path, "visual": path})
     specs = {"audio": fbank_spec(128, seconds), "visual": frames_spec(frames, size, keep)}
     return complete_splits(list(clips.values())), KINETICS_SOUNDS, specs
 
 
 def clip_key(stem):
     """<youtube id>_<start, six digits>, however many digits the start has and whatever follows; '' for other names."""
-    match = re.fullmatch(r"(.{11})_(\d+)(?:_\d+)?", stem)  # a YouTube id has 11 characters
+    match = re.fullmatch(r"(.{11})_(\d+)(_\d+)?", stem)  # a YouTube id has 11 characters
     return f"{match[1]}_{int(match[2]):06d}" if match else ""
 
 
-def kinetics_lists(folder):
-    """[(split, clip, label)] from the lists that circulate."""
-    rows = []
-    for split, path in find_lists(folder, ".txt", ".csv").items():
-        for number, (stem, _, label) in enumerate(read_lines(path), 1):
-            if int(label) not in range(len(KINETICS_SOUNDS)):
-                raise DataError(f"{path}, line {number}: labels are 0 to 30, not {label}")
-            rows.append((split, clip_key(stem), int(label)))
-    if {split for split, _, _ in rows} <= {"train"}:
-        raise DataError(f"{folder} lacks lists: it takes train.txt (or my_train.txt) and test.txt (or my_test.txt)")
-    return rows
-
-
-def kinetics_tables(tables):
-    """[(split, clip, label)] from Kinetics' annotation files; the test set's may be without labels."""
-    rows = []
-    for split, path in tables.items():
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            for row in csv.DictReader(file):
-                name = row.get("label", "").replace("_", " ")
-                if name in KINETICS_SOUNDS:
-                    key = clip_key(f"{row['youtube_id']}_{int(float(row['time_start']))}")
-                    rows.append((split, key, KINETICS_SOUNDS.index(name)))
-    return rows
+def kinetics_rows(path):
+    """Yield (clip, label) from a list that circulates, or from one of Kinetics' annotation files."""
+    for fields in csv.reader(path.read_text("utf-8-sig").splitlines()):
+        if len(fields) == 3:  # <youtube id>_<start>..., seconds, label
+            if int(fields[2]) >= len(KINETICS_SOUNDS):
+                raise DataError(f"{path}: labels are 0 to 30, not {fields[2]}")
+            yield clip_key(fields[0]), int(fields[2])
+        elif fields and fields[0] in KINETICS_SOUNDS:  # label, youtube id, start, ...
+            yield clip_key(f"{fields[1]}_{fields[2]}"), KINETICS_SOUNDS.index(fields[0])
 
 
 def kinetics_folders(raw, paths):
     """[(split, clip, label)] from the names of the folders that a clip lies in, the innermost first."""
     rows = []
     for path in paths:
-        folders = path.relative_to(raw).parts[-2::-1]
-        split = next(filter(None, map(split_of, folders)), "")
-        label = [KINETICS_SOUNDS.index(f) for f in (f.replace("_", " ") for f in folders) if f in KINETICS_SOUNDS]
-        if split and label and clip_key(path.stem):
-            rows.append((split, clip_key(path.stem), label[0]))
-    return rows
+        folders = [name.replace("_", " ") for name in path.relative_to(raw).parts[-2::-1]]
+        splits = [split_of(name) for name in folders if split_of(name)]
+        labels = [KINETICS_SOUNDS.index(name) for name in folders if name in KINETICS_SOUNDS]
+        if splits and labels and clip_key(path.stem):
+            rows.append((splits[0], clip_key(path.stem), labels[0]))
+    return sorted(rows, key=lambda row: ("train", "val", "test").index(row[0]))
+
+
+UCF_ID = re.compile(r"(v_(\w+?)_g(\d+)_c\d+)", re.IGNORECASE)
 
 
 def ucf101(raw, frames=3, keep=1, size=224, fold=1):
     """UCF-101: RGB and optical flow of 13,320 clips, 101 classes -> (clips, classes, specs).
 
     `raw` holds v_<Class>_gNN_cNN.avi at any depth. The official splits are a rule: fold k tests on groups 7k-6 to 7k
-    (a list that is there, and says otherwise, is refused). Validation is a tenth of the training groups, since the
-    clips of a group are cut from one video. Flow is TV-L1 where there are pictures of it, else it is computed.
+    (lists that say otherwise are refused). Validation is a tenth of the training groups, since the clips of a group
+    are cut from one video. Flow is TV-L1 where there are pictures of it (see find_flow), else it is computed.
     """
-    name = re.compile(r"v_(\w+)_g(\d+)_c\d+", re.IGNORECASE)
-    found = {path.stem: path for path in find_files(raw, ".avi") if name.fullmatch(path.stem)}
-    # the lists write HandStandPushups where the folder says HandstandPushups: names are compared in lower case
-    known = {stem.lower() for stem in found}
     tested = range(7 * fold - 6, 7 * fold + 1)
-    for path in find_files(raw, ".txt"):
-        lines = path.read_text().split() if path.name.endswith(f"list{fold:02d}.txt") else []
-        for line in lines:
-            listed = name.fullmatch(Path(line).stem)
-            if listed and line.endswith(".avi"):  # the lists for detection give no suffix
-                if (int(listed[2]) in tested) != path.name.startswith("test"):
-                    raise DataError(f"{path} puts {listed[0]} elsewhere than the official split: move the list away")
-                if listed[0].lower() not in known:
-                    found[listed[0]] = raw / line
-    if not found:
+    for path in find_files(raw, f"list{fold:02d}.txt"):
+        for stem, _, group in re.findall(UCF_ID.pattern + r"\.avi", path.read_text()):  # not the lists for detection
+            if (int(group) in tested) != path.stem.startswith("test"):
+                raise DataError(f"{path} and the official split of {stem} differ: move the list away")
+    paths = {path.stem: path for path in find_files(raw, ".avi") if UCF_ID.fullmatch(path.stem)}
+    if not paths:
         raise DataError(f"{raw} holds no UCF-101: no v_<Class>_gNN_cNN.avi (a .rar or .zip has to be unpacked)")
-    groups = {stem: name.fullmatch(stem) for stem in found}
-    titles = {match[1].lower(): match[1] for match in groups.values()}
-    classes = sorted(titles)
-    flow = find_flow(raw, name)
+    flow = find_flow(raw)
+    classes = sorted({UCF_ID.fullmatch(stem)[2] for stem in paths}, key=str.lower)
     clips = []
-    for stem, match in sorted(groups.items()):
-        files = {"flow": found[stem], "visual": found[stem]}
-        if flow:
-            files["flow"] = flow.get(stem.lower(), raw / "u" / stem)
-        split = "test" if int(match[2]) in tested else "train"
-        clips.append(Clip(stem, classes.index(match[1].lower()), split, files))
-    draw_splits(clips, test=0, unit=lambda clip: clip.id.rsplit("_", 1)[0].lower())
-    source = "TV-L1, from the pictures in the raw folder" if flow else "DIS, computed with OpenCV"
+    for stem, path in sorted(paths.items()):
+        match = UCF_ID.fullmatch(stem)
+        split = "test" if int(match[3]) in tested else "train"
+        moves = flow.get(stem.lower(), raw / "u" / stem) if flow else path
+        clips.append(Clip(stem, classes.index(match[2]), split, {"flow": moves, "visual": path}))
+    draw_splits(clips, test=0, unit=lambda clip: clip.id[:-4])
+    source = "TV-L1, from the pictures in the raw folder" if flow else DIS
     specs = {"flow": flow_spec(frames, size, keep, flow=source), "visual": frames_spec(frames, size, keep)}
-    return clips, [titles[c] for c in classes], specs
+    return clips, classes, specs
 
 
-def find_flow(raw, name):
-    """{clip in lower case: folder} of precomputed flow, as <clip>/flow_x*.jpg and flow_y*.jpg, or u/.../<clip>/*.jpg
-    and v/.../<clip>/*.jpg, of which the folder in u is named."""
+def find_flow(raw):
+    """{clip in lower case: folder} of precomputed flow: <clip>/flow_x*.jpg and flow_y*.jpg, or, with u's folder named,
+    u/<clip>/*.jpg and v/<clip>/*.jpg, in which there may be folders of classes. Half of it is an error."""
     found = {"u": {}, "v": {}}
     for folder, _, names in os.walk(raw, followlinks=True):
         path = Path(folder)
-        if name.fullmatch(path.name) and any(n.endswith(".jpg") for n in names):
-            above = path.relative_to(raw).parts[-3:-1]
+        if UCF_ID.fullmatch(path.name):
             for axis, prefix in ("u", "flow_x"), ("v", "flow_y"):
-                if axis in above or any(n.startswith(prefix) for n in names):
+                if axis in path.parts[-3:-1] or any(name.startswith(prefix) for name in names):
                     found[axis][path.name.lower()] = path
-    for axis, other in ("u", "v"), ("v", "u"):
-        if found[axis] and not found[other]:
-            raise DataError(f"{raw} holds {axis} of the optical flow, but no {other}: unpack all its parts, or move "
-                            f"{axis} away to have the flow computed")  # fmt: skip
+    if bool(found["u"]) != bool(found["v"]):
+        raise DataError(f"{raw} holds half of the optical flow, u or v: unpack all parts, or move it away")
     return found["u"]
 
 
 FILE_TYPES = {
-    ".mp4 .avi .mkv .webm .mov .flv .m4v .mpg .mpeg .wmv": "video",
-    ".png .jpg .jpeg .bmp .webp .tif .tiff .gif": "picture",
-    ".wav .mp3 .flac .ogg .opus .m4a .aac": "sound",
-    ".npy": "features",
+    "video": ".mp4 .avi .mkv .webm .mov .flv .m4v .mpg .mpeg .wmv".split(),
+    "picture": ".png .jpg .jpeg .bmp .webp .tif .tiff .gif".split(),
+    "sound": ".wav .mp3 .flac .ogg .opus .m4a .aac".split(),
+    "features": [".npy"],
 }
-FILE_TYPES = {suffix: kind for suffixes, kind in FILE_TYPES.items() for suffix in suffixes.split()}
 
 
 def own_data(table, frames=2, keep=1, size=224, seconds=3.0):
     """Your own clips from a CSV -> (clips, classes, specs).
 
     It has a column `label`, and may have `split` (train, val or test; else 80 / 10 / 10 per cent are drawn, every
-    label in its share), `group` (clips of a group are then kept together) and `id`. Every other column is a modality
-    and holds files, relative to the CSV: a video becomes frames, a picture one frame, a sound its fbank, a .npy of
-    (T, D) or (D,) numbers a feature sequence; videos become sound in a column `audio`, optical flow in one `flow`.
+    label in its share), `group` (clips of a group then stay together) and `id`. Every other column is a modality and
+    holds files, relative to the CSV: a video becomes frames, a picture one frame, a sound its fbank, a .npy of (T, D)
+    or (D,) numbers a feature sequence; a video in a column `audio` becomes sound, in one called `flow` optical flow.
     """
     rows, types = read_table(table)
-    classes = sorted({row["label"] for row in rows}, key=lambda label: (label.zfill(9) if label.isdigit() else label))
-    if len(classes) < 2:
-        raise DataError(f"{table}: all clips have the label {classes[0]}, and there is nothing to tell apart")
+    classes = sorted({row["label"] for row in rows})
     clips = []
     for row in rows:
-        files = {column: table.parent / row[column] for column in types}
+        files = {m: table.parent / row[m] for m in types}
         clips.append(Clip(row["id"], classes.index(row["label"]), split_of(row.get("split", "train")), files))
     if "split" in rows[0]:
         complete_splits(clips)
     else:
         groups = {row["id"]: row.get("group", row["id"]) for row in rows}
         draw_splits(clips, unit=lambda clip: groups[clip.id])
+    made = {"video": frames_spec(frames, size, keep), "picture": frames_spec(1, size), "sound": fbank_spec(128, seconds),
+            ("video", "audio"): fbank_spec(128, seconds), ("video", "flow"): flow_spec(frames, size, keep, flow=DIS)}
     specs = {}
-    for column, kind in types.items():
+    for m, kind in types.items():
         if kind == "features":
-            specs[column] = sequence_spec(clips, column)
-        elif kind == "sound" or (kind, column) == ("video", "audio"):
-            specs[column] = fbank_spec(128, seconds)
-        elif (kind, column) == ("video", "flow"):
-            specs[column] = flow_spec(frames, size, keep, flow=DIS)
-        elif kind == "picture":
-            specs[column] = frames_spec(1, size)
+            specs[m] = sequence_spec(clips, m)
         else:
-            specs[column] = frames_spec(frames, size, keep)
+            specs[m] = made.get((kind, m), made[kind])
     return clips, classes, specs
 
 
 def read_table(table):
     """The CSV's rows, each with an id, and {modality: type of its files}; a wrong row is an error that names its line."""
     with open(table, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        columns = reader.fieldnames or []
+        reader = csv.DictReader(file)
         rows = {reader.line_num: row for row in reader}
-    modalities = [c for c in columns if c not in ("label", "split", "group", "id")]
-    if "label" not in columns or not modalities or not rows:
-        raise DataError(f"{table} needs a column label, one column of files per modality, commas between them, and a "
-                        f"row per clip; it has {len(rows)} rows, and columns {', '.join(columns)}")  # fmt: skip
-    for column in modalities:  # the name becomes a file's, a flag's and a module's
-        if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", column) or column == "labels" or hasattr(torch.nn.ModuleDict, column):
-            raise DataError(f"{table}: a column of files cannot be called {column!r}: take another word")
-    types = {}
+        columns = reader.fieldnames or []
+    types = {m: None for m in columns if m not in ("label", "split", "group", "id")}
+    if "label" not in columns or not types or not rows:
+        raise DataError(f"{table} takes a line of column names, label and one per modality, with commas between them, "
+                        f"and a row per clip; it has {len(rows)} rows and the columns {columns}")  # fmt: skip
+    for m in types:  # the name becomes a file's, a flag's and a module's
+        if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", m) or m == "labels" or hasattr(torch.nn.ModuleDict, m):
+            raise DataError(f"{table}: a modality cannot be called {m!r}: give the column another name")
     ids = set()
     for line, row in rows.items():
         at = f"{table}, line {line}"
-        if None in row or None in row.values() or "" in row.values():
-            raise DataError(f"{at}: it takes {len(columns)} fields, none of them empty: {', '.join(columns)}")
-        if "split" in row and not split_of(row["split"]):
+        if len(row) > len(columns) or not all(row.values()):
+            raise DataError(f"{at}: not exactly one value for each of {', '.join(columns)}")
+        if not split_of(row.get("split", "train")):
             raise DataError(f"{at}: split is train, val or test, not {row['split']}")
         row.setdefault("id", f"line {line}")
         if row["id"] in ids:
             raise DataError(f"{at}: there is a clip {row['id']} already")
         ids.add(row["id"])
-        for column in modalities:
-            kind = FILE_TYPES.get(Path(row[column]).suffix.lower())
-            if kind is None:
-                raise DataError(f"{at}: {row[column]} has none of the suffixes {' '.join(FILE_TYPES)}")
-            if kind != types.setdefault(column, kind):
-                raise DataError(f"{at}: {row[column]} is a {kind} file, where {column} began with {types[column]} files")
-    return list(rows.values()), types
+        for m in types:
+            kinds = [kind for kind, suffixes in FILE_TYPES.items() if Path(row[m]).suffix.lower() in suffixes]
+            types[m] = types[m] or kinds
+            if not kinds or kinds != types[m]:
+                raise DataError(f"{at}: {row[m]} is no video, picture, sound or .npy file, or not what {m} began with")
+    return list(rows.values()), {m: kinds[0] for m, kinds in types.items()}
 
 
-def sequence_spec(clips, modality):
-    """Length and width of one modality's .npy files, and the statistics of the training set to standardise them with.
-
-    Of very many training clips 2,000 are measured. Raises DataError if no file can be read.
-    """
-    shapes = []
-    measured = []
-    step = 1 + len(clips) // 2000
-    for number, clip in enumerate(clips):
-        try:
-            x = open_features(clip.files[modality])
-        except Exception:  # a broken file is skipped, with its reason, when it is prepared
-            continue
-        shapes.append(x.shape)
-        if clip.split == "train" and number % step == 0:
-            measured.append(np.array(x))
-    if not measured:
-        raise DataError(f"no training clip has a readable .npy file in the column {modality}: (T, D) or (D,) numbers")
-    lengths, widths = zip(*shapes)
-    width = max(set(widths), key=widths.count)
-    x = np.concatenate([x for x in measured if x.shape[1] == width])  # (steps, D)
-    mean, std = statistics(x[~(x == 0).all(-1)])
-    return {"kind": "sequence", "shape": [max(lengths), width], "dtype": "float32",
+def sequence_spec(clips, m):
+    """The longest length and the width of a modality's .npy files, and the training set's statistics of the features."""
+    arrays = []
+    for clip in clips:
+        with suppress(Exception):  # a broken file is skipped, with its reason, when it is prepared
+            arrays.append((clip.split, np.array(open_features(clip.files[m]))))
+    train = [x for split, x in arrays if split == "train"]
+    if not train:
+        raise DataError(f"no training clip has a .npy file of (T, D) or (D,) numbers in the column {m}")
+    width = train[0].shape[1]
+    x = np.concatenate([x for x in train if x.shape[1] == width])  # (steps, D)
+    mean, std = statistics(x[x.any(-1)])
+    return {"kind": "sequence", "shape": [max(len(x) for _, x in arrays), width], "dtype": "float32",
             "mean": mean.tolist(), "std": std.tolist()}  # fmt: skip
 
 
 def statistics(x):
-    """Mean and deviation of every feature of (n, D) numbers over what is finite; a constant's deviation is 1."""
+    """Mean and deviation of each feature of (n, D) numbers over what is finite; that of a constant is 1."""
     finite = np.isfinite(x)
-    count = np.maximum(finite.sum(0), 1)
     x = np.where(finite, x, 0).astype(np.float64)
-    mean = x.sum(0) / count
-    std = np.sqrt((np.where(finite, x - mean, 0) ** 2).sum(0) / count)
-    return mean, np.where(std > 1e-6, std, 1)
+    mean = x.mean(0, where=finite)
+    std = x.std(0, where=finite)
+    return np.nan_to_num(mean), np.where(std > 1e-6, std, 1)
 
 
-def standardise(x, padding, mean, std):
-    """(..., T, D) standardised, float32; what is not finite becomes the mean, 0, and padding (..., T) exactly 0."""
-    z = (x - np.array(mean)) / np.array(std)
-    return np.float32(np.where(np.isfinite(z) & ~padding[..., None], z, 0))
+def standardise(x, present, mean, std):
+    """(..., T, D) standardised, float32; what is not finite becomes the mean, 0, and steps not present exactly 0."""
+    z = (x - np.array(mean)) / std
+    return np.float32(np.where(np.isfinite(z) & present[..., None], z, 0))
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -537,106 +451,57 @@ MOSI_SHA256 = {
 }
 
 
-def read_mosi(raw):
-    """The pickle's {split: {text, audio, vision, ...}}."""
-    if not raw.is_file():
-        raise DataError(f"--raw {raw} is no file: it takes CMU-MOSI's pickle itself, aligned_50.pkl for one")
-    content = raw.read_bytes()
-    known = MOSI_SHA256.get(raw.name)
-    if known and hashlib.sha256(content).hexdigest() != known:
-        print(f"warning: {raw} is not the file that MMSA publishes as {raw.name}: its SHA-256 differs", file=sys.stderr)
-    try:
-        pickled = PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
-        return {"train": pickled["train"], "val": pickled["valid"], "test": pickled["test"]}
-    except DataError:
-        raise
-    except Exception as error:  # a pickle can be broken in any way
-        hint = f"no whole pickle of CMU-MOSI ({error!r})"
-        if is_stub(raw):
-            hint = "a git-lfs stub: run `git lfs pull`"
-        elif content.lstrip()[:1] == b"<":
-            hint = "a web page, saved in place of the file: download it with the command of the README"
-        raise DataError(f"{raw} cannot be read: it is {hint}") from None
-
-
 def prepare_mosi(raw, out="prepared"):
     """CMU-MOSI from one pickle in MMSA's or MultiBench's layout: text, audio and vision as (N, T, D).
 
     What is not finite becomes the mean; every feature is standardised with the training set's statistics
     over what is not padding; padding is exactly 0. Two classes: sentiment < 0, and >= 0.
     """
+    if not raw.is_file():
+        raise DataError(f"--raw {raw} is no file: it takes the pickle itself, as aligned_50.pkl")
+    content = raw.read_bytes()
+    if hashlib.sha256(content).hexdigest() != MOSI_SHA256.get(raw.name, hashlib.sha256(content).hexdigest()):
+        print(f"warning: {raw} is not the {raw.name} that MMSA publishes: its SHA-256 is another", file=sys.stderr)
     folder = Path(out) / "mosi"
-    arrays = {}  # {file: array}
     specs = {}
+    arrays = {}  # {file: array}
     ids = {}
-    parts = read_mosi(raw)
     try:
+        pickled = PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
+        parts = {"train": pickled["train"], "val": pickled["valid"], "test": pickled["test"]}
         for m in "text", "audio", "vision":
-            x = {s: np.asarray(part[m], np.float32) for s, part in parts.items()}  # (N, T, D)
-            padded = {s: padding(x[s], m, part) for s, part in parts.items()}  # (N, T)
-            mean, std = statistics(x["train"][~padded["train"]])
-            for s in parts:
-                arrays[folder / s / f"{m}.npy"] = standardise(x[s], padded[s], mean, std)
-            specs[m] = {"kind": "sequence", "shape": list(x["train"].shape[1:]), "dtype": "float32"}
+            features = {s: np.asarray(part[m], np.float32) for s, part in parts.items()}  # (N, T, D)
+            present = {s: is_present(features[s], m, part) for s, part in parts.items()}  # (N, T)
+            mean, std = statistics(features["train"][present["train"]])
+            for s, x in features.items():
+                arrays[f"{s}/{m}.npy"] = standardise(x, present[s], mean, std)
+            specs[m] = {"kind": "sequence", "shape": list(x.shape[1:]), "dtype": "float32"}
         for s, part in parts.items():
-            n = len(part["text"])
-            score = np.asarray(part.get("regression_labels", part.get("labels")), np.float32).reshape(n, -1)[:, 0]
-            if not np.isfinite(score).all():
-                raise DataError(f"{raw}: a label of {s} is not a number")
-            arrays[folder / s / "labels.npy"] = np.int64(score >= 0)
-            ids[s] = [str(i) for i in np.asarray(part.get("id", range(n))).reshape(n, -1)[:, 0]]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise DataError(f"{raw} is not laid out as MMSA's or MultiBench's CMU-MOSI: {error!r}") from None
-    for path, array in arrays.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, partial(np.save, arr=array))
+            score = np.float32(part.get("regression_labels", part.get("labels"))).reshape(len(part["text"]), -1)[:, 0]
+            arrays[f"{s}/labels.npy"] = np.where(np.isfinite(score), score >= 0, -1)
+            ids[s] = [str(i) for i in np.reshape(part.get("id", range(len(score))), (len(score), -1))[:, 0]]
+    except DataError:
+        raise
+    except Exception as error:  # what is no pickle of MOSI can be wrong in any way
+        hint = f"not CMU-MOSI as MMSA or MultiBench lay it out, or not whole ({error!r})"
+        if content.startswith((b"version https://git-lfs", b"<", b"\n<")):
+            hint = "a git-lfs stub or a web page saved in place of the file: download it anew, as the README says"
+        raise DataError(f"{raw} is {hint}") from None
+    for name, array in arrays.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / name, partial(np.save, arr=array))
     write_json(folder / "manifest.json", {"dataset": "mosi", "options": {"raw": raw.name}, "modalities": specs,
                "classes": ["negative", "non-negative"], "splits": ids, "skipped": []})  # fmt: skip
     return folder
 
 
-def padding(x, modality, part):
-    """Which steps of (N, T, D) are padding, (N, T) bool: by the pickle's lengths if it has them, else all-zero rows."""
+def is_present(x, modality, part):
+    """Which steps of (N, T, D) are no padding, (N, T) bool: by the pickle's lengths or mask, else the non-zero ones."""
     if f"{modality}_lengths" in part:
-        return np.arange(x.shape[1]) >= np.asarray(part[f"{modality}_lengths"]).reshape(-1, 1)
+        return np.arange(x.shape[1]) < np.reshape(part[f"{modality}_lengths"], (-1, 1))
     if modality == "text" and np.ndim(part.get("text_bert")) == 3:  # (N, 3, T): ids, mask, segments
-        return np.asarray(part["text_bert"])[:, 1] == 0
-    return (x == 0).all(-1)
-
-
-MIRROR = "https://gitlab.com/cs-cooper-lab/crema-d-mirror"
-DIS = "DIS, computed with OpenCV"
-SOURCES = {  # name: (what to get, what it is then called)
-    "cremad": (f"""CREMA-D from its mirror, 3.05 GB, with git-lfs (GitHub's copy exceeded its budget and sends stubs):
-     GIT_LFS_SKIP_SMUDGE=1 git clone --depth 1 {MIRROR}.git CREMA-D
-     git -C CREMA-D lfs pull -I "AudioWAV/**,VideoFlash/**"
-     or without git-lfs, 7.5 GB: {MIRROR}/-/archive/main/crema-d-mirror-main.tar.gz""", "CREMA-D"),
-    "kinetics": ("""Kinetics-400, 436 GB, or of Kinetics-600 only the 31 classes (about 25 GB; some clips differ):
-     https://github.com/cvdfoundation/kinetics-dataset
-     https://s3.amazonaws.com/kinetics/600/train/playing%20guitar.tar.gz, unpacked to kinetics400/train/playing guitar
-     and so on for train and val and the names in KINETICS_SOUNDS""", "kinetics400"),
-    "ucf101": ("""UCF-101, 6.5 GB, and unpack it (the lists of its splits are not needed):
-     https://www.crcv.ucf.edu/data/UCF101/UCF101.rar, or UCF-101.zip of
-     https://huggingface.co/datasets/quchenyuan/UCF101-ZIP""", "UCF101"),
-    "mosi": ("""CMU-MOSI's features as one pickle, 367 MB:
-     curl -L -O https://huggingface.co/datasets/tamb2203579/CMU-MOSI/resolve/main/Processed/aligned_50.pkl""",
-             "aligned_50.pkl"),
-}  # fmt: skip
-
-
-def how_to_get(name, folder):
-    """What to do when a prepared dataset is not there."""
-    out = "" if folder.parent == Path("prepared") else f" --out {folder.parent}"
-    if name == "demo":
-        return f"{folder} holds no manifest.json: make it with  python data.py demo{out}"
-    if name not in SOURCES:
-        known = ", ".join(["demo", *SOURCES])
-        return (f"{folder} holds no manifest.json: make it from a CSV with  python data.py {name}.csv{out}"
-                f"  (or is one of {known} meant?)")  # fmt: skip
-    what, raw = SOURCES[name]
-    return (f"{name} is not prepared: {folder} holds no manifest.json\n  1. Get {what}\n"
-            f"  2. Prepare it:  python data.py {name} --raw {raw}{out}\n"
-            f"Or see the method at work now:  python dr.py --dataset demo")  # fmt: skip
+        return np.asarray(part["text_bert"])[:, 1] != 0
+    return x.any(-1)
 
 
 def demo(raw, clips=2300, seed=0):
@@ -650,11 +515,38 @@ def demo(raw, clips=2300, seed=0):
 
 
 LISTERS = {"demo": demo, "cremad": cremad, "kinetics": kinetics, "ucf101": ucf101}
+MIRROR = "https://gitlab.com/cs-cooper-lab/crema-d-mirror"
+DIS = "DIS, computed with OpenCV"
+SOURCES = {  # name: (what it is called when it is there, how to get it)
+    "cremad": ("CREMA-D", f"""3.05 GB from its mirror, with git-lfs (GitHub's own copy is over its budget and sends stubs):
+     GIT_LFS_SKIP_SMUDGE=1 git clone --depth 1 {MIRROR}.git CREMA-D
+     git -C CREMA-D lfs pull -I "AudioWAV/**,VideoFlash/**"
+     (without git-lfs, 7.5 GB: {MIRROR}/-/archive/main/crema-d-mirror-main.tar.gz)"""),
+    "kinetics": ("kinetics400", """Kinetics-400, 436 GB: https://github.com/cvdfoundation/kinetics-dataset
+     or of Kinetics-600 the 31 classes only, some 25 GB, in which part of the clips is missing:
+     https://s3.amazonaws.com/kinetics/600/train/playing%20guitar.tar.gz, unpacked into
+     kinetics400/train/playing guitar, and so on for val and the other classes"""),
+    "ucf101": ("UCF101", """6.5 GB, to be unpacked (lists of splits are not needed):
+     https://www.crcv.ucf.edu/data/UCF101/UCF101.rar
+     or UCF-101.zip of https://huggingface.co/datasets/quchenyuan/UCF101-ZIP"""),
+    "mosi": ("aligned_50.pkl", """367 MB, features only:
+     curl -L -O https://huggingface.co/datasets/tamb2203579/CMU-MOSI/resolve/main/Processed/aligned_50.pkl"""),
+}  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------
-# 2  Reading media: a clip's files to arrays. PyAV's wheels carry FFmpeg.
-# ---------------------------------------------------------------------------------------------------
+def how_to_get(name, folder):
+    """What to do when a prepared dataset is not there."""
+    out = "" if folder.parent == Path("prepared") else f" --out {folder.parent}"
+    if name not in SOURCES:
+        table = name if name == "demo" else f"{name}.csv"
+        return f"{folder} holds no manifest.json: make it with  python data.py {table}{out}"
+    raw, source = SOURCES[name]
+    return (f"{name} is not prepared: {folder} holds no manifest.json\n  1. Get {raw}: {source}\n"
+            f"  2. Prepare it:  python data.py {name} --raw {raw}{out}\n"
+            f"Or see the method at work now:  python dr.py --dataset demo")  # fmt: skip
+
+
+# --- 2  Reading media: a clip's files to arrays. PyAV's wheels carry FFmpeg. ---
 
 
 def middles(length, count):
@@ -667,9 +559,9 @@ def open_media(path):
     options = {}
     if path.suffix == ".wav":  # FFmpeg would probe it for coded sound in disguise: ten times as long as reading it
         options["probesize"] = "4096"
-    if int(av.__version__.split(".")[0]) >= 19:  # from there on PyAV replaces what it cannot decode by itself
-        return av.open(str(path), options=options)
-    return av.open(str(path), options=options, metadata_errors="replace")
+    if av.__version__ < "19":  # from there on it replaces what it cannot decode by itself
+        return av.open(str(path), options=options, metadata_errors="replace")
+    return av.open(str(path), options=options)
 
 
 def is_stub(path):
@@ -679,18 +571,13 @@ def is_stub(path):
 
 
 def read_frames(path, spec):
-    """Frames at the middles of equal parts of a clip, squeezed to squares: (count * keep, size, size, 3) uint8.
-
-    A picture is one frame, turned as its camera says.
-    """
+    """Frames at the middles of equal parts of a clip, squeezed to squares: (count * keep, size, size, 3) uint8."""
     size = spec["size"]
-    if FILE_TYPES.get(path.suffix.lower()) == "picture":
+    if path.suffix.lower() in FILE_TYPES["picture"]:  # one frame, turned as its camera says
         with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
-        return np.asarray(upright.resize((size, size)))[None]
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB").resize((size, size)))[None]
     # one thread: for one picture, starting several takes ten times as long as the work
-    frames = [f.reformat(size, size, "rgb24", threads=1).to_ndarray() for f in pick_frames(path, spec)]
-    return np.stack(frames)
+    return np.stack([f.reformat(size, size, "rgb24", threads=1).to_ndarray() for f in pick_frames(path, spec)])
 
 
 def pick_frames(path, spec, pairs=False):
@@ -704,68 +591,63 @@ def pick_frames(path, spec, pairs=False):
             raise BadClip(f"{path.name}: no picture")
         stream = container.streams.video[0]
         packets = [p for p in container.demux(stream) if p.size]
-        if len(packets) <= pairs:
-            raise BadClip(f"{path.name}: {len(packets)} frames")
-        if len(packets) < 0.9 * stream.frames:
-            raise BadClip(f"{path.name}: truncated, {len(packets)} of {stream.frames} frames are there")
-        if not stream.frames and container.duration:  # Flash tells no number of frames, but how long it lasts
-            there = float(max(p.pts or 0 for p in packets) * stream.time_base)
-            lasts = container.duration / av.time_base
-            if 2 * there + 0.5 < lasts:
-                raise BadClip(f"{path.name}: truncated, {there:.1f} of {lasts:.1f} s are there")
         length = sum(not p.is_discard for p in packets)  # the edit list of an MP4 may hide some
+        if length <= pairs:
+            raise BadClip(f"{path.name}: {length} frames")
+        if len(packets) < 0.9 * stream.frames:
+            raise BadClip(f"{path.name}: truncated, {length} of {stream.frames} frames are there")
+        if not stream.frames and container.duration:  # Flash tells no number of frames, but how long it lasts
+            there = max(p.pts or 0 for p in packets) * stream.time_base
+            if 2 * there + 0.5 < container.duration / av.time_base:
+                raise BadClip(f"{path.name}: truncated after {float(there):.1f} s")
         if "longest" in spec and stream.average_rate:
             length = min(length, max(1, round(spec["longest"] * stream.average_rate)))
-        wanted = middles(length, spec["count"] * spec.get("keep", 1))
+        wanted = middles(length, spec["count"] * spec["keep"])
         if pairs:
-            firsts = [min(i, length - 2) for i in wanted]
-            wanted = [i + step for i in firsts for step in (0, 1)]
-        # AVI stores no times at which frames are shown: there it is decoded from the beginning
-        starts = {0: 0} if container.format.name == "avi" else entries(packets)
-        frames = decode(stream.codec_context, packets, set(wanted), starts)
-    missing = [i for i in wanted if i not in frames]
-    if missing:
-        raise BadClip(f"{path.name}: broken, frame {missing[0]} of {len(packets)} cannot be decoded")
+            wanted = [min(i, length - 2) + step for i in wanted for step in (0, 1)]
+        frames = decode(stream.codec_context, packets, wanted, find_entries(packets, container.format.name))
+    for i in wanted:
+        if i not in frames:
+            raise BadClip(f"{path.name}: broken, frame {i} of {length} cannot be decoded")
     return [frames[i] for i in wanted]
 
 
-def entries(packets):
+def find_entries(packets, container):
     """{number of the frame that is shown first: packet} where decoding can begin.
 
     That is at a keyframe when all packets before it are shown before it, and all after it later: then the
-    first frame out of the decoder is the keyframe's own number.
+    first frame out of the decoder is the keyframe's own number. (AVI stores no such times.)
     """
-    starts = {0: 0}
+    entries = {0: 0}
     times = [p.pts for p in packets]
-    if None in times:
-        return starts
-    latest = np.maximum.accumulate(times).tolist()  # of all packets so far
-    earliest = np.minimum.accumulate(times[::-1])[::-1].tolist()  # of all packets from here
+    if container == "avi" or None in times:
+        return entries
+    latest = np.maximum.accumulate(times)  # of all packets so far
+    earliest = np.minimum.accumulate(times[::-1])[::-1]  # of all packets from here
     shown = 0
     for k in range(1, len(packets)):
         shown += not packets[k - 1].is_discard
         if packets[k].is_keyframe and latest[k - 1] < earliest[k] == times[k]:
-            starts[shown] = k
-    return starts
+            entries[shown] = k
+    return entries
 
 
-def decode(codec, packets, wanted, starts):
+def decode(codec, packets, wanted, entries):
     """{i: frame} for the frames `wanted`, counted in the order in which they are shown."""
-    frames = {}
-    shown = 0  # frames out of the decoder so far
-    fed = 0  # packets into it
     codec.thread_count = 1  # it is the clips that are read in parallel
-    for i in sorted(wanted):
-        start = max(s for s in starts if s <= i)
-        if starts[start] > fed:
+    packets = [*packets, None]  # None: what is still in the decoder comes out
+    frames = {}
+    shown = 0  # frames out of the decoder
+    fed = 0  # packets into it
+    for i in sorted(set(wanted)):
+        entry = max(e for e in entries if e <= i)
+        if entries[entry] > fed:
             codec.flush_buffers()
-            shown = start
-            fed = starts[start]
-        while shown <= i and fed <= len(packets):
-            packet = packets[fed] if fed < len(packets) else None  # None: what is still in the decoder comes out
-            for frame in codec.decode(packet):
-                if shown in wanted:
-                    frames[shown] = frame
+            shown = entry
+            fed = entries[entry]
+        while shown <= i and fed < len(packets):
+            for frame in codec.decode(packets[fed]):
+                frames[shown] = frame
                 shown += 1
             fed += 1
     return frames
@@ -779,32 +661,30 @@ def read_flow(source, spec):
     """
     if source.is_dir():
         u, v = flow_pictures(source)
-        fields = [[Image.open(u[i]), Image.open(v[i])] for i in middles(len(u), spec["count"] * spec["keep"])]
+        fields = [(Image.open(u[i]), Image.open(v[i])) for i in middles(len(u), spec["count"] * spec["keep"])]
     else:
         import cv2
 
         cv2.setNumThreads(1)
         dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        # rows of some formats are padded, which OpenCV does not take
+        # OpenCV takes no padded rows, which some formats have
         grey = [np.ascontiguousarray(f.to_ndarray(format="gray")) for f in pick_frames(source, spec, pairs=True)]
         fields = []
         for first, second in zip(grey[::2], grey[1::2]):
-            move = dis.calc(first, second, None)  # (H, W, 2) in pixels
-            scaled = np.uint8(np.clip(128 + move * (127 / 20), 0, 255).round())
-            fields.append([Image.fromarray(np.ascontiguousarray(scaled[..., axis])) for axis in (0, 1)])
+            move = dis.calc(first, second, None).transpose(2, 0, 1)  # (2, H, W) in pixels
+            field = np.uint8(np.clip(128 + move * (127 / 20), 0, 255).round())
+            fields.append([Image.fromarray(axis) for axis in field])
     size = (spec["size"], spec["size"])
-    flow = []
-    for pair in fields:
-        flow.append(np.stack([axis.convert("L").resize(size, Image.BILINEAR) for axis in pair], -1))
-    return np.stack(flow)
+    flow = [axis.convert("L").resize(size, Image.BILINEAR) for field in fields for axis in field]
+    return np.stack(flow).reshape(-1, 2, *size).transpose(0, 2, 3, 1)
 
 
 def flow_pictures(folder):
-    """The pictures of u and of v: flow_x* and flow_y* in one folder, or those of .../u/<clip> and .../v/<clip>."""
+    """The pictures of u and of v: flow_x* and flow_y* in one folder, or those of u/.../<clip> and v/.../<clip>."""
     u = sorted(folder.glob("flow_x*.jpg"))
     v = sorted(folder.glob("flow_y*.jpg"))
     if not u:
-        twin = re.sub(r"/u/((?:[^/]+/)?[^/]+)$", r"/v/\1", folder.as_posix())
+        twin = re.sub("/u/(([^/]+/)?[^/]+)$", r"/v/\1", folder.as_posix())
         u = sorted(folder.glob("*.jpg"))
         v = sorted(Path(twin).glob("*.jpg"))
     if not u or len(u) != len(v):
@@ -814,19 +694,17 @@ def flow_pictures(folder):
 
 def read_sound(path, rate=16000):
     """A file's sound as mono float32 in [-1, 1] at `rate` samples a second: (samples,)."""
-    chunks = []
     with open_media(path) as container:
         if not container.streams.audio:
             raise BadClip(f"{path.name}: no sound")
         codec = container.streams.audio[0].codec_context
+        frames = container.decode(audio=0)
         if (codec.rate, codec.channels, codec.format.name) == (rate, 1, "s16"):  # nothing to resample
-            for frame in container.decode(audio=0):
-                chunks.append(frame.to_ndarray()[0] / np.float32(32768))
+            chunks = [frame.to_ndarray()[0] / np.float32(32768) for frame in frames]
         else:
             resampler = av.AudioResampler(format="fltp", rate=rate)
-            for frame in container.decode(audio=0):
-                chunks += [part.to_ndarray().mean(0) for part in resampler.resample(frame)]
-            chunks += [part.to_ndarray().mean(0) for part in resampler.resample(None)]
+            parts = [part for frame in frames for part in resampler.resample(frame)]
+            chunks = [part.to_ndarray().mean(0) for part in parts + resampler.resample(None)]
     if sum(map(len, chunks)) < 400:  # less than one window of 25 ms
         raise BadClip(f"{path.name}: no sound")
     return np.concatenate(chunks)
@@ -853,7 +731,7 @@ def read_fbank(path, spec):
 def open_features(path):
     """A .npy file of (T, D) or (D,) numbers, as (T, D)."""
     x = np.load(path, mmap_mode="r")
-    if x.dtype.kind not in "fiub" or x.ndim not in (1, 2) or not x.size:
+    if x.dtype.kind not in "fiu" or x.ndim not in (1, 2) or not x.size:
         raise BadClip(f"{path.name}: {x.dtype} of shape {x.shape}, where (T, D) or (D,) numbers are wanted")
     return np.atleast_2d(x)
 
@@ -861,19 +739,17 @@ def open_features(path):
 def read_features(path, spec):
     """A .npy file standardised and padded with exact zeros to the longest: (T, D) float32."""
     x = open_features(path)
-    z = np.zeros(spec["shape"], np.float32)
-    if x.shape[1] != z.shape[1]:
-        raise BadClip(f"{path.name}: {x.shape[1]} features per step, where the others have {z.shape[1]}")
-    z[: len(x)] = standardise(x, (x == 0).all(-1), spec["mean"], spec["std"])
-    return z
+    padded = np.zeros(spec["shape"], np.float32)
+    if x.shape[1] != padded.shape[1]:
+        raise BadClip(f"{path.name}: {x.shape[1]} features, where the others have {padded.shape[1]}")
+    padded[: len(x)] = standardise(x, x.any(-1), spec["mean"], spec["std"])
+    return padded
 
 
 READERS = {"frames": read_frames, "flow": read_flow, "fbank": read_fbank, "sequence": read_features}
 
 
-# ---------------------------------------------------------------------------------------------------
-# 3  Preparing: on all cores, in place, and resuming where it was stopped
-# ---------------------------------------------------------------------------------------------------
+# --- 3  Preparing: on all cores, in place, and resuming where it was stopped ---
 
 MAX_BAD = {"kinetics": 50.0}  # many of its clips are gone
 LIMITS = {"frames": (1, 1000), "keep": (1, 99), "size": (1, 4096), "seconds": (0.025, 3600), "fold": (1, 3),
@@ -893,31 +769,32 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     if name == "mosi":
         return prepare_mosi(raw, out)
     lister = find_lister(name, raw)
-    options = fill_options(lister, options)
-    allowed = MAX_BAD.get(name, 5.0) if max_bad is None else max_bad
-    check_limits({**options, "workers": workers or 1, "max_bad": allowed})
-    recorded = dict(options)
-    if lister is own_data:  # an edited table is another dataset
+    options = {**default_options(lister), **options}
+    max_bad = MAX_BAD.get(name, 5.0) if max_bad is None else max_bad
+    check_limits({**options, "workers": workers or 1, "max_bad": max_bad})
+    recorded = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+    if lister is own_data:  # an edited table makes another dataset
         recorded["csv"] = hashlib.sha256(raw.read_bytes()).hexdigest()[:12]
-    check_unchanged(folder, recorded)
+    for made in folder / "manifest.json", folder / "plan.json":
+        before = read_json(made)["options"] if made.exists() else recorded
+        if before != recorded:
+            changed = ", ".join(f"{k} {before.get(k)}, now {v}" for k, v in recorded.items() if before.get(k) != v)
+            raise DataError(f"{folder} was made with other parameters ({changed}): delete it, or give another --out")
     if (folder / "manifest.json").exists():
         return folder
+
     try:
         clips, classes, specs = lister(raw, **options)
     except (KeyError, IndexError, TypeError, ValueError, csv.Error) as error:
         raise DataError(f"the lists that say which clips there are cannot be understood: {error!r}") from error
-    check_files(name, raw, clips)
-
     splits = {split: [clip for clip in clips if clip.split == split] for split in ("train", "val", "test")}
-    ids = {}
-    jobs = []
-    for split, mine in splits.items():
-        ids[split] = [clip.id for clip in mine]
-        jobs += [(clip, row) for row, clip in enumerate(mine)]
+    check_files(name, raw, splits)
+    ids = {split: [clip.id for clip in mine] for split, mine in splits.items()}
     plan = {"dataset": name, "options": recorded, "classes": classes, "modalities": specs, "splits": ids}
-    if (folder / "plan.json").exists() and read_json(folder / "plan.json") != json.loads(json.dumps(plan)):
+    if (folder / "plan.json").exists() and read_json(folder / "plan.json") != plan:
         raise DataError(f"{folder} was begun with other clips than {raw} holds now: delete it to begin again")
-    bad = prepare_clips(folder, plan, jobs, workers, allowed)
+    jobs = [(clip, row) for mine in splits.values() for row, clip in enumerate(mine)]
+    bad = prepare_clips(folder, plan, jobs, workers, max_bad)
 
     skipped = {clip for _, clip, _ in bad}
     for split, mine in splits.items():
@@ -931,64 +808,44 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
 
 def find_lister(name, raw):
     """The function that lists the clips of a dataset, or of a CSV; refuses what is no name for a dataset."""
-    if raw.suffix.lower() == ".csv":
-        if name in LISTERS or name == "mosi" or not re.fullmatch(r"\w[\w.-]*", name):
-            raise DataError(f"{raw} cannot become a dataset called {name!r}: that is the name of a dataset of the paper, "
-                            "or no name for a folder; rename the file")  # fmt: skip
-        if not raw.is_file():
-            raise DataError(f"{raw}: no such file")
-        return own_data
-    if name not in LISTERS:
-        raise DataError(f"there is no dataset {name}; there is {', '.join(LISTERS)}, mosi, or a CSV of your own")
-    if name != "demo" and not raw.is_dir():
-        raise DataError(f"--raw {raw} is no folder")
-    return LISTERS[name]
+    if raw.suffix.lower() != ".csv" and name in LISTERS:
+        if name != "demo" and not raw.is_dir():
+            raise DataError(f"--raw {raw} is no folder")
+        return LISTERS[name]
+    if not raw.is_file():
+        raise DataError(f"no such file: {raw} (a dataset is {', '.join(LISTERS)}, mosi, or a CSV of your own)")
+    if name in (*LISTERS, "mosi") or not re.fullmatch(r"\w[\w.-]*", name):
+        raise DataError(f"a dataset of your own cannot be called {name!r}: give {raw} another name, one for a new folder")
+    return own_data
 
 
-def fill_options(lister, options):
-    """All of a lister's options, those not given at their defaults."""
-    parameters = list(inspect.signature(lister).parameters.values())[1:]
-    options = {p.name: p.default for p in parameters} | options
-    return {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+def default_options(lister):
+    return {p.name: p.default for p in list(inspect.signature(lister).parameters.values())[1:]}
 
 
 def check_limits(options):
     for k, (low, high) in LIMITS.items():
         if not low <= options.get(k, low) <= high:
-            raise DataError(f"--{k.replace('_', '-')} lies between {low} and {high:,}, not at {options[k]}")
+            raise DataError(f"--{k.replace('_', '-')} is {low} to {high:,}, not {options[k]}")
     if options.get("keep", 1) % 2 == 0:
         raise DataError(f"--keep is odd, so that one frame is in the middle, not {options['keep']}")
 
 
-def check_unchanged(folder, options):
-    """What is there already, in part or whole, was made with the same options."""
-    for path in folder / "manifest.json", folder / "plan.json":
-        if path.exists():
-            before = read_json(path)["options"]
-            changed = [f"{k} {before.get(k)}, now {v}" for k, v in options.items() if before.get(k) != v]
-            if changed:
-                raise DataError(f"{folder} was made with other parameters ({', '.join(changed)}): delete it, or give "
-                                "another --out")  # fmt: skip
-
-
-def check_files(name, raw, clips):
+def check_files(name, raw, splits):
     """Before any work: the media are no stubs, and every split has clips, of which the files are there."""
-    some = [path for clip in clips[:: max(1, len(clips) // 20)] for path in clip.files.values() if path.is_file()]
-    if some and sum(map(is_stub, some)) >= len(some) / 2:
-        what = SOURCES.get(name, ["the files"])[0]
-        raise DataError(f"{raw} holds git-lfs stubs in place of the media. If it is no clone from GitHub, which no longer\n"
-                        f"sends them, fetch them with  git -C {raw} lfs pull\nElse get {what}")  # fmt: skip
-    for split in "train", "val", "test":
-        mine = [clip for clip in clips if clip.split == split]
-        missing = [clip for clip in mine if not all(path.exists() for path in clip.files.values())]
-        if not mine:
-            raise DataError(f"{raw}: of its {len(clips):,} clips none would be in the {split} split, and none was prepared")
-        if len(missing) > 0.9 * len(mine):
-            raise DataError(f"{raw}: the files of {len(missing):,} of {len(mine):,} clips in the {split} split are missing, "
-                            f"those of {missing[0].id} for one, and nothing was prepared")  # fmt: skip
+    for split, clips in splits.items():
+        some = [path for clip in clips[:: len(clips) // 20 + 1] for path in clip.files.values() if path.is_file()]
+        if some and sum(map(is_stub, some)) >= len(some) / 2:
+            how = SOURCES.get(name, ("it", "where it came from"))[1]
+            raise DataError(f"{raw} holds git-lfs stubs in place of the media. In a clone of the mirror, fetch them with\n"
+                            f"     git -C {raw} lfs pull\nA clone from GitHub no longer can: get {how}")  # fmt: skip
+        there = sum(all(path.exists() for path in clip.files.values()) for clip in clips)
+        if there <= 0.1 * len(clips):
+            raise DataError(f"{raw}: of {len(clips):,} clips in the {split} split {there} have their files there; nothing "
+                            f"was prepared. Is a part of the download, or a list of the splits, missing?")  # fmt: skip
 
 
-def prepare_clips(folder, plan, jobs, workers, allowed):
+def prepare_clips(folder, plan, jobs, workers, max_bad):
     """Do what is left to do of the jobs (clip, row) -> [[split, clip, why it was skipped]]."""
     paths = make_arrays(folder, plan)
     journal = folder / "journal.txt"
@@ -999,22 +856,18 @@ def prepare_clips(folder, plan, jobs, workers, allowed):
     bad = []
     safe = []  # lines for the journal
     saved = time.monotonic()
-    progress = tqdm(desc=plan["dataset"], total=len(jobs), initial=len(jobs) - len(todo), unit=" clips", disable=None,
-                    ncols=78)  # fmt: skip
     results = in_parallel(partial(prepare_clip, folder, plan["modalities"]), todo, workers)
+    progress = tqdm(zip(todo, results), plan["dataset"], len(todo), unit=" clips", disable=None, ncols=78)
     try:
-        with progress, closing(results):
-            for (clip, row), reason in zip(todo, results):
-                progress.update()
-                if reason is None:
-                    reason = "the process that read it died"
-                if reason:
-                    bad.append([clip.split, clip.id, reason])
-                else:
+        with closing(results):
+            for (clip, row), reason in progress:
+                if reason == "":
                     safe.append(f"{clip.split} {row}")
-                if len(bad) > allowed / 100 * len(jobs):
-                    raise DataError(f"{len(bad)} of {len(jobs):,} clips cannot be used, more than --max-bad {allowed:g} "
-                                    f"per cent; the last: {clip.id}, {reason}")  # fmt: skip
+                else:
+                    bad.append([clip.split, clip.id, reason or "the process that read it crashed"])
+                if len(bad) > max_bad / 100 * len(jobs):
+                    raise DataError(f"{len(bad)} of {len(jobs):,} clips cannot be used, more than --max-bad {max_bad:g} "
+                                    f"per cent; the last: {': '.join(bad[-1][1:])}")  # fmt: skip
                 if time.monotonic() - saved > 2:
                     save_journal(journal, safe, paths)
                     saved = time.monotonic()
@@ -1026,7 +879,7 @@ def prepare_clips(folder, plan, jobs, workers, allowed):
 def prepare_clip(folder, specs, clip, row):
     """Read one clip and write its rows -> the reason why it cannot be used, or ''."""
     try:
-        arrays = read_clip(clip, specs)
+        arrays = {m: read_file(clip.files[m], spec) for m, spec in specs.items()}
     except BadClip as error:
         return str(error)
     except av.FFmpegError as error:
@@ -1042,25 +895,22 @@ def prepare_clip(folder, specs, clip, row):
     return ""
 
 
-def read_clip(clip, specs):
-    """{modality: array} of one clip, each as its spec says."""
-    arrays = {}
-    for m, spec in specs.items():
-        path = clip.files[m]
-        if not path.exists():
-            raise BadClip(f"{path.parent.name}/{path.name}: missing")
-        if path.is_file() and is_stub(path):
-            raise BadClip(f"{path.name}: a git-lfs stub, never fetched")
-        arrays[m] = READERS[spec["kind"]](path, spec)
-        if not np.isfinite(arrays[m]).all():
-            raise BadClip(f"{m} is not finite")
-    return arrays
+def read_file(path, spec):
+    """What the spec wants of one file, as it is stored."""
+    if not path.exists():
+        raise BadClip(f"{path.parent.name}/{path.name}: missing")
+    if path.is_file() and is_stub(path):
+        raise BadClip(f"{path.name}: a git-lfs stub, never fetched")
+    array = READERS[spec["kind"]](path, spec)
+    if not np.isfinite(array).all():
+        raise BadClip(f"{path.name}: not finite")
+    return array
 
 
 def in_parallel(work, jobs, workers=None):
     """Yield work(*job) for every job, in order, from a pool of processes: one per core, or `workers` of them.
 
-    When a process dies (a crash inside FFmpeg), the next jobs are done one at a time, and the one it dies on gives None.
+    When a process dies (a crash inside FFmpeg), the next jobs are done one at a time; the one it dies on yields None.
     """
     done = 0
     careful = 0  # up to here one at a time
@@ -1070,27 +920,23 @@ def in_parallel(work, jobs, workers=None):
         part = jobs[done:careful] if alone else jobs[done:]
         pool = ProcessPoolExecutor(size, initializer=start_worker)
         try:
-            for result in start_all(pool, work, part, chunksize=1 if alone else 8):
-                yield result
+            # Python loses a Ctrl-C that comes while it forks: it is noted, and heeded when all workers are there
+            pressed = []
+            usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+            results = pool.map(work, *zip(*part), chunksize=1 if alone else 8)
+            signal.signal(signal.SIGINT, usual)
+            if pressed:
+                raise KeyboardInterrupt
+            for result in results:
                 done += 1
+                yield result
         except BrokenProcessPool:
             if alone:
-                yield None
                 done += 1
-            careful = max(careful, done + 32 * size)  # more than a pool has at hand
+                yield None
+            careful = max(careful, done + 32 * size)  # more jobs than a pool has at hand
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def start_all(pool, work, jobs, chunksize):
-    """pool.map; Python loses a Ctrl-C that comes while it forks, so it is noted, and heeded when all workers are there."""
-    pressed = []
-    usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    results = pool.map(work, *zip(*jobs), chunksize=chunksize)
-    signal.signal(signal.SIGINT, usual)
-    if pressed:
-        raise KeyboardInterrupt
-    return results
 
 
 def start_worker():
@@ -1132,15 +978,14 @@ def make_arrays(folder, plan):
 
 def save_journal(journal, safe, paths):
     """Flush the arrays to the disk first, and only then write down that the rows `safe` are there."""
-    if not safe:
-        return
-    for path in paths:
-        with open(path, "r+b") as file:
+    if safe:
+        for path in paths:
+            with open(path, "r+b") as file:
+                os.fsync(file.fileno())
+        with open(journal, "a") as file:
+            file.writelines(line + "\n" for line in safe)
+            file.flush()
             os.fsync(file.fileno())
-    with open(journal, "a") as file:
-        file.write("".join(line + "\n" for line in safe))
-        file.flush()
-        os.fsync(file.fileno())
     safe.clear()
 
 
@@ -1159,24 +1004,21 @@ def write_atomically(path, write):
 
 
 def write_json(path, content):
-    text = json.dumps(content, indent=1)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 def read_json(path):
     """A plan or a manifest."""
     try:
         content = json.loads(path.read_text())
-        if not isinstance(content, dict) or not isinstance(content.get("options"), dict):
-            raise ValueError("it names no options")
-    except ValueError as error:
+        if not isinstance(content["options"], dict):
+            raise TypeError("no options")
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path.parent} is damaged ({path.name}: {error}): delete it and prepare it again") from error
     return content
 
 
-# ---------------------------------------------------------------------------------------------------
-# 4  A prepared dataset: loading, batches, augmentation
-# ---------------------------------------------------------------------------------------------------
+# --- 4  A prepared dataset: loading, batches, augmentation ---
 
 
 @dataclass
@@ -1214,26 +1056,25 @@ def load(name, root="prepared", modalities=None):
         raise DataError(how_to_get(name, folder))
     try:
         return open_arrays(name, folder, read_json(folder / "manifest.json"), modalities)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, FileNotFoundError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
         raise DataError(f"{folder} is damaged ({error}): delete it and prepare it again") from error
 
 
 def open_arrays(name, folder, manifest, modalities=None):
     """The memory maps that a manifest tells of -> Dataset."""
-    there = manifest["modalities"]
-    chosen = list(modalities or there)
-    unknown = [m for m in chosen if m not in there]
-    if unknown:
-        raise DataError(f"{name} has no modality {', '.join(unknown)}; it has {', '.join(there)}")
-    specs = {m: there[m] for m in chosen}
+    specs = manifest["modalities"]
+    for m in modalities or ():
+        if m not in specs:
+            raise DataError(f"{name} has no modality {m}; it has {', '.join(specs)}")
+    specs = {m: specs[m] for m in modalities or specs}
     splits = {}
     for split, ids in manifest["splits"].items():
         labels = np.load(folder / split / "labels.npy")
         rows = np.flatnonzero(labels >= 0)
-        arrays = {m: np.load(folder / split / f"{m}.npy", mmap_mode="r") for m in chosen}
-        wrong = [m for m in chosen if arrays[m].shape != (len(ids), *specs[m]["shape"])]
-        if wrong or len(labels) != len(ids):
-            raise ValueError(f"{split}/{[*wrong, 'labels'][0]}.npy is not of the shape that the manifest tells")
+        arrays = {m: np.load(folder / split / f"{m}.npy", mmap_mode="r") for m in specs}
+        for m, array in arrays.items():
+            if array.shape != (len(labels), *specs[m]["shape"]):
+                raise ValueError(f"{split}/{m}.npy has the shape {array.shape}")
         if not len(rows):
             raise DataError(f"{folder}/{split} holds no clip: see what manifest.json says was skipped")
         splits[split] = Split(arrays, specs, rows, labels[rows], [ids[row] for row in rows])
@@ -1256,31 +1097,30 @@ def add_noise(dataset, modality, level):
     """
     if modality not in dataset.shapes:
         raise DataError(f"no {modality} to put noise on; there is {', '.join(dataset.shapes)}")
-    train = dataset.train.arrays[modality]
-    if train.dtype.kind != "f":
+    train = dataset.train
+    clean = train.arrays[modality]
+    if clean.dtype.kind != "f":
         raise DataError(f"noise goes on spectrograms and feature sequences, not on {modality}")
-    spread = train[dataset.train.rows[:1000]].std(dtype=np.float64)
-    for seed, split in enumerate((dataset.train, dataset.val, dataset.test)):
+    spread = clean[train.rows[:1000]].std(dtype=np.float64)
+    for seed, split in enumerate((train, dataset.val, dataset.test)):
         rng = np.random.default_rng(seed)
-        clean = split.arrays[modality]
-        noisy = np.zeros(clean.shape, clean.dtype)
+        noisy = np.array(split.arrays[modality])
         for row in split.rows:
-            noise = level * spread * rng.standard_normal(clean.shape[1:], np.float32)
-            if split.specs[modality]["kind"] == "sequence":
-                noise = noise * (clean[row] != 0).any(-1, keepdims=True)
-            noisy[row] = clean[row] + noise
+            noise = level * spread * rng.standard_normal(noisy.shape[1:], np.float32)
+            if train.specs[modality]["kind"] == "sequence":
+                noise *= noisy[row].any(-1, keepdims=True)
+            noisy[row] = noisy[row] + noise
         split.arrays[modality] = noisy
 
 
 def move_to_gpu(dataset, device, max_bytes):
     """Move the arrays into the memory of a GPU, once, if they take at most `max_bytes` -> whether they did."""
     splits = (dataset.train, dataset.val, dataset.test)
-    size = sum(array.nbytes for split in splits for array in split.arrays.values())
-    if size > max_bytes:
-        return False
-    for split in splits:
-        split.arrays = {m: torch.tensor(array).to(device) for m, array in split.arrays.items()}
-    return True
+    fits = sum(array.nbytes for split in splits for array in split.arrays.values()) <= max_bytes
+    if fits:
+        for split in splits:
+            split.arrays = {m: torch.tensor(array).to(device) for m, array in split.arrays.items()}
+    return fits
 
 
 def to_device(array, device):
@@ -1315,8 +1155,7 @@ def normalise(x, spec, rng=None):
     if spec["kind"] == "sequence":  # standardised when it was prepared
         return x
     mean = to_device(np.float32(spec["mean"]), x.device)
-    std = to_device(np.float32(spec["std"]), x.device)
-    x = x.float().sub_(mean).div_(std)
+    x = x.float().sub_(mean).div_(to_device(np.float32(spec["std"]), x.device))
     if spec["kind"] != "fbank":
         x = x.movedim(-1, -3)
         if memory_format(x.device) is torch.contiguous_format:
@@ -1345,11 +1184,11 @@ def augment(x, kind, rng):
     if kind == "fbank":  # (B, 1, F, T)
         for axis in (2, 3):
             n = x.shape[axis]
-            width = rng.integers(n // 5 + 1, size=B)
+            width = rng.integers(n // 5 + 1, size=(B, 1))
             start = rng.integers(n - width + 1)
             at = np.arange(n)
-            mask = (at >= start[:, None]) & (at < (start + width)[:, None])  # (B, n)
-            x.masked_fill_(to_device(mask, x.device)[:, None, :, None].movedim(2, axis), 0)
+            mask = to_device((at >= start) & (at < start + width), x.device)  # (B, n)
+            x.masked_fill_(mask[:, None, :, None].movedim(2, axis), 0)
         return x
     area = rng.uniform(0.08, 1, B)
     ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), B))
@@ -1417,10 +1256,7 @@ def prefetch(work, items, device):
             yield last.result()
 
 
-# ---------------------------------------------------------------------------------------------------
-# 5  The demo: a miniature CREMA-D of cartoon actors with babbling voices, in the layout of the real one.
-#    Nothing below is needed to understand the method: skip it.
-# ---------------------------------------------------------------------------------------------------
+# --- 5  The demo: a miniature CREMA-D of cartoon actors with babbling voices. Skip it. ---
 
 FACE_SPREAD = 0.19  # scatter of the faces of one emotion: the larger, the harder the picture
 VOICE_SPREAD = 0.32  # scatter of the voices of one emotion: the larger, the harder the sound
@@ -1493,30 +1329,30 @@ def draw_actor(seed, number):
     def pick(choices):
         return choices[rng.integers(len(choices))]
 
-    look = {}
     skin = rng.integers(len(SKINS))
     pitch, formants = pick([(110, 1.0), (200, 1.14), (270, 1.28)])
-    look["skin"] = SKINS[skin]
-    look["hair"] = pick(HAIRS[: 7 - skin])
-    look["iris"] = pick(IRISES)
-    look["clothes"] = pick(CLOTHES)
-    look["wall"] = pick(WALLS)
-    look["style"] = pick(list(STYLES))
-    look["width"] = rng.uniform(0.76, 0.9)
-    look["jaw"] = rng.uniform(0, 0.14)
-    look["gap"] = rng.uniform(0.31, 0.36)
-    look["nose"] = rng.uniform(0.09, 0.14)
-    look["part"] = rng.uniform(-0.2, 0.2)
-    look["light"] = rng.uniform(0.82, 1)
-    look["size"] = rng.uniform(46, 54)
-    look["tilt"] = rng.normal(0, 0.04)
-    look["place"] = rng.normal(0, 3, 2)
-    look["rest"] = rng.normal(0, 0.15, 6)
-    look["pitch"] = pitch * 2 ** rng.normal(0, 0.12)
-    look["formants"] = formants * 2 ** rng.normal(0, 0.05)
-    look["loud"] = rng.normal(0, 2)
-    look["bright"] = rng.normal(0, 0.4)
-    return look
+    return dict(
+        skin=SKINS[skin],
+        hair=pick(HAIRS[: 7 - skin]),
+        iris=pick(IRISES),
+        clothes=pick(CLOTHES),
+        wall=pick(WALLS),
+        style=pick(list(STYLES)),
+        width=rng.uniform(0.76, 0.9),
+        jaw=rng.uniform(0, 0.14),
+        gap=rng.uniform(0.31, 0.36),
+        nose=rng.uniform(0.09, 0.14),
+        part=rng.uniform(-0.2, 0.2),
+        light=rng.uniform(0.82, 1),
+        size=rng.uniform(46, 54),
+        tilt=rng.normal(0, 0.04),
+        place=rng.normal(0, 3, 2),
+        rest=rng.normal(0, 0.15, 6),
+        pitch=pitch * 2 ** rng.normal(0, 0.12),
+        formants=formants * 2 ** rng.normal(0, 0.05),
+        loud=rng.normal(0, 2),
+        bright=rng.normal(0, 0.4),
+    )
 
 
 def mix(colour, other, part):
@@ -1700,9 +1536,7 @@ def make_demo(raw, clips=2300, seed=0):
     return names
 
 
-# ---------------------------------------------------------------------------------------------------
-# 6  Command line
-# ---------------------------------------------------------------------------------------------------
+# --- 6  Command line ---
 
 OPTIONS = {  # what the listers' arguments mean, for --help
     "frames": "frames per clip, at the middles of equal segments",
@@ -1718,91 +1552,70 @@ OPTIONS = {  # what the listers' arguments mean, for --help
 
 
 def show(name, root="prepared", count=6):
-    """Draw training clips as they were prepared: frames, flow as colour, spectrograms -> path of the picture."""
+    """Draw training clips as they were prepared: frames, flow (u red, v green), spectrograms -> path of the picture."""
     import matplotlib.pyplot as plt
 
     dataset = load(name, root)
-    rng = np.random.default_rng(0)
     split = dataset.train
-    classes = rng.permutation(np.unique(split.labels))[:count]
-    panels = []  # (modality, number of the frame)
-    for m, spec in split.specs.items():
-        frames = spec["shape"][0] if spec["kind"] in ("frames", "flow") else 1
-        panels += [(m, t) for t in range(frames)]
+    panels = [(m, t) for m, spec in split.specs.items() for t in range(spec.get("count", 1) * spec.get("keep", 1))]
+    classes = np.unique(split.labels)[:count]
     size = (2.2 * len(panels), 2.2 * len(classes))
     figure, axes = plt.subplots(len(classes), len(panels), figsize=size, squeeze=False, layout="constrained")
     for line, c in zip(axes, classes):
-        k = rng.choice(np.flatnonzero(split.labels == c))
+        k = np.flatnonzero(split.labels == c)[0]
         for axis, (m, t) in zip(line, panels):
             x = split.arrays[m][split.rows[k]]
-            kind = split.specs[m]["kind"]
-            if kind == "frames":
-                axis.imshow(x[t])
-            elif kind == "flow":
-                axis.imshow(flow_colours(x[t]))
+            if split.specs[m]["kind"] in ("frames", "flow"):
+                axis.imshow(np.pad(x[t], ((0, 0), (0, 0), (0, 3 - x.shape[-1])), constant_values=128))
             else:
-                axis.imshow(x[0] if kind == "fbank" else x.T, origin="lower", aspect="auto", cmap="magma")
-            axis.set(xticks=[], yticks=[])
-            axis.set_title(f"{m} {t + 1}", fontsize=9)
-        line[0].set_ylabel(f"{dataset.classes[c]}\n{split.ids[k]}", fontsize=8)
+                axis.imshow(x.reshape(-1, x.shape[-1]), origin="lower", aspect="auto", cmap="magma")
+            axis.set(xticks=[], yticks=[], title=f"{m} {t + 1}")
+        line[0].set_ylabel(f"{dataset.classes[c]}\n{split.ids[k]}")
     path = Path(root) / name / "samples.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
 
 
-def flow_colours(flow):
-    """A field (H, W, 2) as RGB: direction as hue, speed as saturation; what is white stands still."""
-    from matplotlib.colors import hsv_to_rgb
-
-    u, v = np.moveaxis(flow - 128.0, -1, 0)
-    hue = np.arctan2(v, u) / (2 * np.pi) % 1
-    speed = np.minimum(1, np.hypot(u, v) / 64)
-    return hsv_to_rgb(np.stack([hue, speed, np.ones_like(hue)], -1))
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
+        self.exit(2, f"data.py: {message}; see --help\n")
 
 
 def parse(words):
     """The command line as the keyword arguments of `prepare`, and `show`; a CSV is a dataset like the others."""
-    parser = Parser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="name", required=True, metavar="dataset or table.csv")
-    table = [word for word in words[:1] if word.lower().endswith(".csv")]
-    for name in [*LISTERS, "mosi", *table]:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="name", required=True, metavar="dataset (or a .csv)")
+    tables = [word for word in words[:1] if word.lower().endswith(".csv")]
+    for name in [*LISTERS, "mosi", *tables]:
         p = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        p.add_argument("--out", type=Path, default=Path("prepared"), help="the arrays go to a folder of their own in OUT")
-        p.add_argument("--show", action="store_true", help="draw what was prepared, to samples.png beside it")
-        if name not in ("demo", *table):
+        p.add_argument("--out", type=Path, default=Path("prepared"), help="the arrays go to a folder in OUT")
+        p.add_argument("--show", action="store_true", help="draw what was prepared, to samples.png beside the arrays")
+        if name not in ("demo", *tables):
             p.add_argument("--raw", type=Path, help="the download")
-        if name == "mosi":
-            continue
-        p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-        bad = MAX_BAD.get(name, 5.0)
-        p.add_argument("--max-bad", type=float, default=bad, help="per cent of clips that may be unusable")
-        for option, default in fill_options(LISTERS.get(name, own_data), {}).items():
-            kind = str if default is None else type(default)
-            p.add_argument("--" + option.replace("_", "-"), type=kind, default=default, help=OPTIONS[option])
+        if name != "mosi":
+            p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+            p.add_argument("--max-bad", type=float, default=MAX_BAD.get(name, 5.0), help="per cent of clips that may be unusable")
+            for option, default in default_options(LISTERS.get(name, own_data)).items():
+                kind = str if default is None else type(default)
+                p.add_argument("--" + option.replace("_", "-"), type=kind, default=default, help=OPTIONS[option])
     args = vars(parser.parse_args(words))
-    if table:
-        args["raw"] = Path(args["name"])
+    if tables:
+        args["raw"] = Path(tables[0])
         args["name"] = args["raw"].stem
     return args
 
 
 def main():
     args = parse(sys.argv[1:])
-    name = args["name"]
-    out = args["out"]
+    folder = args["out"] / args["name"]
     try:
         if args.pop("show"):
-            print(show(name, out))
+            print(show(args["name"], args["out"]))
             return
-        if name != "demo" and args["raw"] is None:
-            raise DataError(f"--raw is missing. {how_to_get(name, out / name)}")
-        folder = prepare(**args)
+        if args.get("raw", "") is None:
+            raise DataError(f"--raw is missing. {how_to_get(args['name'], folder)}")
+        prepare(**args)
         manifest = read_json(folder / "manifest.json")
     except (DataError, OSError) as error:
         hint = "" if isinstance(error, DataError) else "; when that is mended, the same command resumes"
