@@ -410,7 +410,8 @@ def sequence_spec(clips, m):
     train = [x for split, x in arrays if split == "train"]
     if not train:
         raise DataError(f"no training clip has a .npy file of (T, D) or (D,) numbers in the column {m}")
-    width = train[0].shape[1]
+    widths = [x.shape[1] for x in train]
+    width = max(widths, key=widths.count)
     x = np.concatenate([x for x in train if x.shape[1] == width])  # (steps, D)
     mean, std = statistics(x[x.any(-1)])
     return {"kind": "sequence", "shape": [max(len(x) for _, x in arrays), width], "dtype": "float32",
@@ -766,7 +767,7 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     """
     folder = Path(out) / name
     raw = Path(raw or folder / "raw")
-    if name == "mosi":
+    if name == "mosi" and raw.suffix != ".csv":
         return prepare_mosi(raw, out)
     lister = find_lister(name, raw)
     options = {**default_options(lister), **options}
@@ -838,7 +839,7 @@ def check_files(name, raw, splits):
         if some and sum(map(is_stub, some)) >= len(some) / 2:
             how = SOURCES.get(name, ("it", "where it came from"))[1]
             raise DataError(f"{raw} holds git-lfs stubs in place of the media. In a clone of the mirror, fetch them with\n"
-                            f"     git -C {raw} lfs pull\nA clone from GitHub no longer can: get {how}")  # fmt: skip
+                            f"     git -C {raw} lfs pull -I 'AudioWAV/**,VideoFlash/**'\nA clone from GitHub no longer can: get {how}")  # fmt: skip
         there = sum(all(path.exists() for path in clip.files.values()) for clip in clips)
         if there <= 0.1 * len(clips):
             raise DataError(f"{raw}: of {len(clips):,} clips in the {split} split {there} have their files there; nothing "
