@@ -99,10 +99,9 @@ def fbank_spec(bins, seconds, shift=10.0):  # the official code's (x + 4.503877)
 
 
 def find_files(raw, *suffixes):
-    """All files below a folder that end so, at any depth and in any case, the best last: {path.stem: path} holds them.
-
-    Kinetics' `replacement` of a corrupt clip is better than anything; then .flv is better than .mp4, by the alphabet.
-    """
+    """All files below a folder that end so, in any case; of one name the best last, so that {path.stem: path} holds
+    it: Kinetics' `replacement` of a corrupt clip is better than anything, then .flv better than .mp4, by the
+    alphabet."""
     paths = []
     for folder, _, names in os.walk(raw, followlinks=True):
         paths += [Path(folder, name) for name in names if name.lower().endswith(suffixes)]
@@ -122,10 +121,8 @@ def find_lists(folder, *suffixes):
 
 
 def draw_splits(clips, val=0.1, test=0.1, unit=lambda clip: clip.id):
-    """Move shares of the training clips to test and val, at random, every class in its share.
-
-    The clips of one `unit` (an actor, a group cut from one video) stay together.
-    """
+    """Move shares of the training clips to test and val, at random, every class in its share, and whole units
+    (actors, groups cut from one video)."""
     kinds = {}  # {unit: its class, or -1 if it holds several}
     for clip in clips:
         if clip.split == "train":
@@ -167,16 +164,12 @@ CREMAD_ID = re.compile(r"\d{4}_[A-Z]{3}_(ANG|DIS|FEA|HAP|NEU|SAD)_[A-Z]{2}")
 
 def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, split="clips", split_dir=None):
     """CREMA-D: 7,442 clips, 91 actors, six emotions -> (clips, classes, specs).
-
     `raw` holds <id>.wav and <id>.flv (or .mp4) at any depth. split "clips" draws 80 / 10 / 10 per cent at random over
     clips, as in the paper: every actor is in all three. "actors" holds out whole actors. `split_dir` holds lists with
     lines `id,EMO` instead: my_train.csv or train.csv, test.csv, and val.csv unless a tenth of train is to be drawn.
-
-    Three pairs of WAVs are the same byte for byte under two labels (1006_TIE_HAP_XX and NEU, 1013_WSI_DIS_XX and SAD,
-    1017_IWW_ANG_XX and FEA), and four clips are known to be bad: 1076_MTI_SAD_XX shows an error picture to silence,
-    1076_MTI_NEU_XX has three frames, 1064_TIE_SAD_XX 18 and no duration, 1064_IEO_DIS_MD a minute, of which ten
-    seconds are used. What FFmpeg can read of them is kept, as in all published results.
-    """
+    Four clips are known to be bad: 1076_MTI_SAD_XX (an error picture, silence), 1076_MTI_NEU_XX (three frames),
+    1064_TIE_SAD_XX (18 frames, no duration), 1064_IEO_DIS_MD (a minute, of which ten seconds are used). What FFmpeg
+    can read of them is kept, and so are three pairs of WAVs that are the same under two labels: see the README."""
     sounds = {path.stem: path for path in find_files(raw, ".wav")}
     pictures = {path.stem: path for path in find_files(raw, ".flv", ".mp4")}
     clips = cremad_clips(raw, sorted({**sounds, **pictures}), sounds, pictures)
@@ -194,11 +187,12 @@ def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, split="clips", split_di
 
 
 def cremad_clips(raw, ids, sounds, pictures):
-    """The clips, all of them in train; ids are <actor>_<sentence>_<emotion>_<level>, and other names are left out."""
+    """The clips of those ids that are <actor>_<sentence>_<emotion>_<level>, all of them in train."""
     clips = []
     for i in filter(CREMAD_ID.fullmatch, ids):
-        files = {"audio": sounds.get(i, raw / f"AudioWAV/{i}.wav"), "visual": pictures.get(i, raw / f"VideoFlash/{i}.flv")}
-        clips.append(Clip(i, EMOTIONS.index(i[9:12]), "train", files))
+        audio = sounds.get(i, raw / f"AudioWAV/{i}.wav")
+        visual = pictures.get(i, raw / f"VideoFlash/{i}.flv")
+        clips.append(Clip(i, EMOTIONS.index(i[9:12]), "train", {"audio": audio, "visual": visual}))
     return clips
 
 
@@ -229,12 +223,10 @@ stomping grapes, tap dancing, tapping guitar, tapping pen, tickling""".replace("
 
 def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, split_dir=None):
     """Kinetics-Sounds: the clips of 31 classes out of Kinetics-400 -> (clips, classes, specs).
-
     `raw` holds, at any depth, train and val (or test) with a folder per class, or flat beside train.csv and val.csv
-    (label,youtube_id,time_start,...). `split_dir` holds the lists that circulate instead, train.txt and test.txt with
-    lines <youtube id>_<start>...,<seconds>,<label>. Test is the validation set, of 1,544 clips, where there is one,
-    and validation a tenth of train; but the circulating lists test on Kinetics-400's *test* split.
-    """
+    (label,youtube_id,time_start,...). `split_dir` holds the lists that circulate instead, train.txt and test.txt
+    with lines <youtube id>_<start>...,<seconds>,<label>. Test is the validation set, of 1,544 clips, where there is
+    one, and validation a tenth of train; but the circulating lists test on Kinetics-400's *test* split."""
     paths = find_files(raw, ".mp4", ".mkv", ".webm")
     found = {clip_key(path.stem): path for path in paths}
     lists = find_lists(split_dir or raw, ".txt", ".csv")
@@ -251,8 +243,8 @@ def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, split_dir=None):
         path = found.get(key, raw / f"{key}.mp4")
         if split_dir or split != "test" or not has_val:
             clips[key] = Clip(key, label, split, {"audio": path, "visual": path})
-    specs = {"audio": fbank_spec(128, seconds), "visual": frames_spec(frames, size, keep)}
-    return complete_splits(list(clips.values())), KINETICS_SOUNDS, specs
+    clips = complete_splits(list(clips.values()))
+    return clips, KINETICS_SOUNDS, {"audio": fbank_spec(128, seconds), "visual": frames_spec(frames, size, keep)}
 
 
 def clip_key(stem):
@@ -289,11 +281,9 @@ UCF_ID = re.compile(r"(v_(\w+?)_g(\d+)_c\d+)", re.IGNORECASE)
 
 def ucf101(raw, frames=3, keep=1, size=224, fold=1):
     """UCF-101: RGB and optical flow of 13,320 clips, 101 classes -> (clips, classes, specs).
-
     `raw` holds v_<Class>_gNN_cNN.avi at any depth. The official splits are a rule: fold k tests on groups 7k-6 to 7k
     (lists that say otherwise are refused). Validation is a tenth of the training groups, since the clips of a group
-    are cut from one video. Flow is TV-L1 where there are pictures of it (see find_flow), else it is computed.
-    """
+    are cut from one video. Flow is TV-L1 where there are pictures of it (see find_flow), else it is computed."""
     tested = range(7 * fold - 6, 7 * fold + 1)
     for path in find_files(raw, f"list{fold:02d}.txt"):
         for stem, _, group in re.findall(UCF_ID.pattern + r"\.avi", path.read_text()):  # not the lists for detection
@@ -317,8 +307,8 @@ def ucf101(raw, frames=3, keep=1, size=224, fold=1):
 
 
 def find_flow(raw):
-    """{clip in lower case: folder} of precomputed flow: <clip>/flow_x*.jpg and flow_y*.jpg, or, with u's folder named,
-    u/<clip>/*.jpg and v/<clip>/*.jpg, in which there may be folders of classes. Half of it is an error."""
+    """{clip in lower case: folder} of precomputed flow: <clip>/flow_x*.jpg and flow_y*.jpg, or, with u's folder
+    named, u/<clip>/*.jpg and v/<clip>/*.jpg, in which there may be folders of classes. Half of it is an error."""
     found = {"u": {}, "v": {}}
     for folder, _, names in os.walk(raw, followlinks=True):
         path = Path(folder)
@@ -341,12 +331,11 @@ FILE_TYPES = {
 
 def own_data(table, frames=2, keep=1, size=224, seconds=3.0):
     """Your own clips from a CSV -> (clips, classes, specs).
-
     It has a column `label`, and may have `split` (train, val or test; else 80 / 10 / 10 per cent are drawn, every
     label in its share), `group` (clips of a group then stay together) and `id`. Every other column is a modality and
-    holds files, relative to the CSV: a video becomes frames, a picture one frame, a sound its fbank, a .npy of (T, D)
-    or (D,) numbers a feature sequence; a video in a column `audio` becomes sound, in one called `flow` optical flow.
-    """
+    holds files, relative to the CSV: a video becomes frames, a picture one frame, a sound its fbank, a .npy of (T,
+    D) or (D,) numbers a feature sequence; a video in a column `audio` becomes sound, in one called `flow` optical
+    flow."""
     rows, types = read_table(table)
     classes = sorted({row["label"] for row in rows})
     clips = []
@@ -358,19 +347,18 @@ def own_data(table, frames=2, keep=1, size=224, seconds=3.0):
     else:
         groups = {row["id"]: row.get("group", row["id"]) for row in rows}
         draw_splits(clips, unit=lambda clip: groups[clip.id])
-    made = {"video": frames_spec(frames, size, keep), "picture": frames_spec(1, size), "sound": fbank_spec(128, seconds),
-            ("video", "audio"): fbank_spec(128, seconds), ("video", "flow"): flow_spec(frames, size, keep, flow=DIS)}
+    sound = fbank_spec(128, seconds)
+    made = {"video": frames_spec(frames, size, keep), "picture": frames_spec(1, size), "sound": sound,
+            ("video", "audio"): sound, ("video", "flow"): flow_spec(frames, size, keep, flow=DIS)}  # fmt: skip
     specs = {}
     for m, kind in types.items():
-        if kind == "features":
-            specs[m] = sequence_spec(clips, m)
-        else:
-            specs[m] = made.get((kind, m), made[kind])
+        specs[m] = sequence_spec(clips, m) if kind == "features" else made.get((kind, m), made[kind])
     return clips, classes, specs
 
 
 def read_table(table):
-    """The CSV's rows, each with an id, and {modality: type of its files}; a wrong row is an error that names its line."""
+    """The CSV's rows, each with an id, and {modality: type of its files}; a wrong row is an error that names its
+    line."""
     with open(table, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         rows = {reader.line_num: row for row in reader}
@@ -402,7 +390,8 @@ def read_table(table):
 
 
 def sequence_spec(clips, m):
-    """The longest length and the width of a modality's .npy files, and the training set's statistics of the features."""
+    """The longest length and the width of a modality's .npy files, and the training set's statistics of the
+    features."""
     arrays = []
     for clip in clips:
         with suppress(Exception):  # a broken file is skipped, with its reason, when it is prepared
@@ -454,10 +443,8 @@ MOSI_SHA256 = {
 
 def prepare_mosi(raw, out="prepared"):
     """CMU-MOSI from one pickle in MMSA's or MultiBench's layout: text, audio and vision as (N, T, D).
-
-    What is not finite becomes the mean; every feature is standardised with the training set's statistics
-    over what is not padding; padding is exactly 0. Two classes: sentiment < 0, and >= 0.
-    """
+    What is not finite becomes the mean; every feature is standardised with the training set's statistics over what
+    is not padding; padding is exactly 0. Two classes: sentiment < 0, and >= 0."""
     if not raw.is_file():
         raise DataError(f"--raw {raw} is no file: it takes the pickle itself, as aligned_50.pkl")
     content = raw.read_bytes()
@@ -507,9 +494,7 @@ def is_present(x, modality, part):
 
 def demo(raw, clips=2300, seed=0):
     """The miniature CREMA-D: written to `raw` as real files, then listed and read as CREMA-D is.
-
-    1,200 / 300 / 800 clips at the default size; one frame of 48 x 48 pixels, 48 mel bands, 1.2 s.
-    """
+    1,200 / 300 / 800 clips at the default size; one frame of 48 x 48 pixels, 48 mel bands, 1.2 s."""
     drawn = cremad_clips(raw, sorted(make_demo(raw, clips, seed)), {}, {})
     draw_splits(drawn, 300 / 2300, 800 / 2300)
     return drawn, EMOTIONS, {"audio": fbank_spec(48, 1.2, shift=25.0), "visual": frames_spec(1, 48)}
@@ -519,7 +504,7 @@ LISTERS = {"demo": demo, "cremad": cremad, "kinetics": kinetics, "ucf101": ucf10
 MIRROR = "https://gitlab.com/cs-cooper-lab/crema-d-mirror"
 DIS = "DIS, computed with OpenCV"
 SOURCES = {  # name: (what it is called when it is there, how to get it)
-    "cremad": ("CREMA-D", f"""3.05 GB from its mirror, with git-lfs (GitHub's own copy is over its budget and sends stubs):
+    "cremad": ("CREMA-D", f"""3.05 GB from its mirror, with git-lfs (GitHub's copy is over its budget: it sends stubs):
      GIT_LFS_SKIP_SMUDGE=1 git clone --depth 1 {MIRROR}.git CREMA-D
      git -C CREMA-D lfs pull -I "AudioWAV/**,VideoFlash/**"
      (without git-lfs, 7.5 GB: {MIRROR}/-/archive/main/crema-d-mirror-main.tar.gz)"""),
@@ -583,10 +568,8 @@ def read_frames(path, spec):
 
 def pick_frames(path, spec, pairs=False):
     """The decoded frames at the middles of count * keep equal parts of a video; in pairs, each with the next one.
-
-    Packets are cheap to read and dear to decode: all are read, so that the length is known even where the
-    container does not tell it, and decoding begins at the last keyframe before each frame that is wanted.
-    """
+    Packets are cheap to read and dear to decode: all are read, so that the length is known even where the container
+    does not tell it, and decoding begins at the last keyframe before each frame that is wanted."""
     with open_media(path) as container:
         if not container.streams.video:
             raise BadClip(f"{path.name}: no picture")
@@ -615,10 +598,8 @@ def pick_frames(path, spec, pairs=False):
 
 def find_entries(packets, container):
     """{number of the frame that is shown first: packet} where decoding can begin.
-
-    That is at a keyframe when all packets before it are shown before it, and all after it later: then the
-    first frame out of the decoder is the keyframe's own number. (AVI stores no such times.)
-    """
+    That is at a keyframe when all packets before it are shown before it, and all after it later: then the first
+    frame out of the decoder is the keyframe's own number. (AVI stores no such times.)"""
     entries = {0: 0}
     times = [p.pts for p in packets]
     if container == "avi" or None in times:
@@ -656,10 +637,8 @@ def decode(codec, packets, wanted, entries):
 
 def read_flow(source, spec):
     """Optical flow at the middles of equal parts, (count * keep, size, size, 2) uint8: 128 is none, 255 is 20 pixels.
-
-    `source` is a folder of precomputed pictures (see find_flow); or a video, whose flow from one frame to the next is
-    then computed by OpenCV's DIS (Kroeger et al. 2016), in milliseconds where TV-L1 takes seconds.
-    """
+    `source` is a folder of precomputed pictures (see find_flow); or a video, whose flow from one frame to the next
+    is then computed by OpenCV's DIS (Kroeger et al. 2016), in milliseconds where TV-L1 takes seconds."""
     if source.is_dir():
         u, v = flow_pictures(source)
         fields = [(Image.open(u[i]), Image.open(v[i])) for i in middles(len(u), spec["count"] * spec["keep"])]
@@ -711,22 +690,20 @@ def read_sound(path, rate=16000):
     return np.concatenate(chunks)
 
 
+def read_fbank(path, spec):
+    return fbank(read_sound(path), spec)
+
+
 def fbank(sound, spec, rate=16000):
     """Kaldi's log-mel filter banks as the official code takes them: (1, bins, frames) float16.
-
     Mean removed, a Hanning window of 25 ms every `shift` ms, no dither; cut, or padded with zeros before
-    normalising, as the official code does.
-    """
+    normalising, as the official code does."""
     wave = torch.from_numpy(sound - sound.mean())[None]  # (1, samples)
     mel = kaldi.fbank(wave, sample_frequency=rate, num_mel_bins=spec["bins"], frame_shift=spec["shift"],
                       window_type="hanning", htk_compat=True, use_energy=False, dither=0.0)  # fmt: skip
     frames = spec["shape"][-1]
     mel = F.pad(mel[:frames], (0, 0, 0, max(0, frames - len(mel))))  # (frames, bins)
     return mel.T[None].half().numpy()
-
-
-def read_fbank(path, spec):
-    return fbank(read_sound(path), spec)
 
 
 def open_features(path):
@@ -759,12 +736,10 @@ LIMITS = {"frames": (1, 1000), "keep": (1, 99), "size": (1, 4096), "seconds": (0
 
 def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **options):
     """Turn a raw download, or the files of a CSV, into `out`/`name`; `options` are the keyword arguments of its lister.
-
-    Every clip has its row in arrays that are made at full size first; workers write rows in place, and a journal says
-    which are safely on disk. Stopped at any moment, the same call resumes, and the arrays come out the same byte for
-    byte. Raises DataError for all that the user can mend, among it more than `max_bad` per cent of clips that cannot
-    be used (default MAX_BAD, else 5). Returns the folder.
-    """
+    Every clip has its row in arrays that are made at full size first; workers write rows in place, and a journal
+    says which are safely on disk. Stopped at any moment, the same call resumes, and the arrays come out the same
+    byte for byte. Raises DataError for all that the user can mend, among it more than `max_bad` per cent of clips
+    that cannot be used (default MAX_BAD, else 5). Returns the folder."""
     folder = Path(out) / name
     raw = Path(raw or folder / "raw")
     if name == "mosi" and raw.suffix != ".csv":
@@ -816,7 +791,7 @@ def find_lister(name, raw):
     if not raw.is_file():
         raise DataError(f"no such file: {raw} (a dataset is {', '.join(LISTERS)}, mosi, or a CSV of your own)")
     if name in (*LISTERS, "mosi") or not re.fullmatch(r"\w[\w.-]*", name):
-        raise DataError(f"a dataset of your own cannot be called {name!r}: give {raw} another name, one for a new folder")
+        raise DataError(f"a dataset of your own cannot be called {name!r}: give {raw} another name")
     return own_data
 
 
@@ -838,12 +813,13 @@ def check_files(name, raw, splits):
         some = [path for clip in clips[:: len(clips) // 20 + 1] for path in clip.files.values() if path.is_file()]
         if some and sum(map(is_stub, some)) >= len(some) / 2:
             how = SOURCES.get(name, ("it", "where it came from"))[1]
-            raise DataError(f"{raw} holds git-lfs stubs in place of the media. In a clone of the mirror, fetch them with\n"
-                            f"     git -C {raw} lfs pull -I 'AudioWAV/**,VideoFlash/**'\nA clone from GitHub no longer can: get {how}")  # fmt: skip
+            raise DataError(f"{raw} holds git-lfs stubs in place of the media. In a clone of the mirror, this fetches "
+                            f"them:\n     git -C {raw} lfs pull -I 'AudioWAV/**,VideoFlash/**'\n"
+                            f"A clone from GitHub no longer can: get {how}")  # fmt: skip
         there = sum(all(path.exists() for path in clip.files.values()) for clip in clips)
         if there <= 0.1 * len(clips):
-            raise DataError(f"{raw}: of {len(clips):,} clips in the {split} split {there} have their files there; nothing "
-                            f"was prepared. Is a part of the download, or a list of the splits, missing?")  # fmt: skip
+            raise DataError(f"{raw}: of {len(clips):,} clips in the {split} split {there} have their files there; is a "
+                            "part of the download, or a list of the splits, missing? Nothing was prepared")  # fmt: skip
 
 
 def prepare_clips(folder, plan, jobs, workers, max_bad):
@@ -867,8 +843,8 @@ def prepare_clips(folder, plan, jobs, workers, max_bad):
                 else:
                     bad.append([clip.split, clip.id, reason or "the process that read it crashed"])
                 if len(bad) > max_bad / 100 * len(jobs):
-                    raise DataError(f"{len(bad)} of {len(jobs):,} clips cannot be used, more than --max-bad {max_bad:g} "
-                                    f"per cent; the last: {': '.join(bad[-1][1:])}")  # fmt: skip
+                    raise DataError(f"{len(bad)} of {len(jobs):,} clips cannot be used, more than --max-bad "
+                                    f"{max_bad:g} per cent; the last: {': '.join(bad[-1][1:])}")  # fmt: skip
                 if time.monotonic() - saved > 2:
                     save_journal(journal, safe, paths)
                     saved = time.monotonic()
@@ -910,9 +886,8 @@ def read_file(path, spec):
 
 def in_parallel(work, jobs, workers=None):
     """Yield work(*job) for every job, in order, from a pool of processes: one per core, or `workers` of them.
-
-    When a process dies (a crash inside FFmpeg), the next jobs are done one at a time; the one it dies on yields None.
-    """
+    When a process dies (a crash inside FFmpeg), the next jobs are done one at a time; the one it dies on yields
+    None."""
     done = 0
     careful = 0  # up to here one at a time
     while done < len(jobs):
@@ -1049,9 +1024,7 @@ class Dataset:
 
 def load(name, root="prepared", modalities=None):
     """Open a prepared dataset without reading it into memory; `modalities` picks some of them, default all.
-
-    Raises DataError, with the commands that make the dataset, if it is not there.
-    """
+    Raises DataError, with the commands that make the dataset, if it is not there."""
     folder = Path(root) / name
     if not (folder / "manifest.json").exists():
         raise DataError(how_to_get(name, folder))
@@ -1092,10 +1065,8 @@ def sample_shape(spec):
 
 def add_noise(dataset, modality, level):
     """Gaussian noise on every clip of one modality, `level` times as strong as the modality's own standard deviation.
-
-    A clip keeps its noise over the epochs, as a bad recording does, so that it can be memorised. The noisy
-    array is held in memory; padding stays 0. Raises DataError if the dataset has no such modality of real numbers.
-    """
+    A clip keeps its noise over the epochs, as a bad recording does, so that it can be memorised. The noisy array is
+    held in memory; padding stays 0. Raises DataError if the dataset has no such modality of real numbers."""
     if modality not in dataset.shapes:
         raise DataError(f"no {modality} to put noise on; there is {', '.join(dataset.shapes)}")
     train = dataset.train
@@ -1149,10 +1120,8 @@ def read_rows(split, modality, rows, device="cpu", rng=None):
 
 def normalise(x, spec, rng=None):
     """What `read_rows` returns as a normalised float tensor; augmented if given a random generator.
-
-    frames (B, T, 3, H, W) and flow (B, T, 2, H, W), which stay channels-last in memory (see memory_format);
-    fbank (B, 1, F, T); sequence (B, T, D), its padding exactly 0.
-    """
+    frames (B, T, 3, H, W) and flow (B, T, 2, H, W), which stay channels-last in memory (see memory_format); fbank
+    (B, 1, F, T); sequence (B, T, D), its padding exactly 0."""
     if spec["kind"] == "sequence":  # standardised when it was prepared
         return x
     mean = to_device(np.float32(spec["mean"]), x.device)
@@ -1165,8 +1134,8 @@ def normalise(x, spec, rng=None):
 
 
 def memory_format(device):
-    """How pictures lie in memory: channels last, which convolutions are fastest on. Not on MPS, where the gradients of
-    batch-norm were wrong in it until the summer of 2026 (pytorch/pytorch#175189)."""
+    """How pictures lie in memory: channels last, which convolutions are fastest on. Not on MPS, where the gradients
+    of batch-norm were wrong in it until the summer of 2026 (pytorch/pytorch#175189)."""
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
@@ -1177,10 +1146,8 @@ def read_inputs(split, modality, rows, device="cpu", rng=None):
 
 def augment(x, kind, rng):
     """Each sample by draws of its own: a crop and a flip for frames and flow, masks for spectrograms.
-
-    Crops take 0.08 to 1 of the area at 3:4 to 4:3, as torchvision's RandomResizedCrop, one for all frames
-    of a clip; masks hide up to a fifth of the bins and of the time (SpecAugment, Park et al. 2019).
-    """
+    Crops take 0.08 to 1 of the area at 3:4 to 4:3, as torchvision's RandomResizedCrop, one for all frames of a clip;
+    masks hide up to a fifth of the bins and of the time (SpecAugment, Park et al. 2019)."""
     B = len(x)
     if kind == "fbank":  # (B, 1, F, T)
         for axis in (2, 3):
@@ -1211,14 +1178,11 @@ def augment(x, kind, rng):
 
 def batches(split, batch_size, seed=None, device="cpu", augmented=False, part=(0, 1)):
     """Yield ({modality: tensor (B, ...)}, labels (B,)) over one split, once.
-
-    With a seed (an int or a tuple of ints) in random order, the same for the same seed; without, in the
-    order of the clips. The last batch may be smaller: no clip is lost, none comes twice.
-
+    With a seed (an int or a tuple of ints) in random order, the same for the same seed; without, in the order of the
+    clips. The last batch may be smaller: no clip is lost, none comes twice.
     part=(rank, world), for random order, is one process's piece of every batch. All pieces of a batch are of one
     size, so that the mean of their gradients is the batch's: some clips of a last batch that cannot be shared out
-    evenly come twice.
-    """
+    evenly come twice."""
     rank, world = part
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:  # the current GPU is one per thread, and another one reads ahead
@@ -1333,27 +1297,13 @@ def draw_actor(seed, number):
     skin = rng.integers(len(SKINS))
     pitch, formants = pick([(110, 1.0), (200, 1.14), (270, 1.28)])
     return dict(
-        skin=SKINS[skin],
-        hair=pick(HAIRS[: 7 - skin]),
-        iris=pick(IRISES),
-        clothes=pick(CLOTHES),
-        wall=pick(WALLS),
-        style=pick(list(STYLES)),
-        width=rng.uniform(0.76, 0.9),
-        jaw=rng.uniform(0, 0.14),
-        gap=rng.uniform(0.31, 0.36),
-        nose=rng.uniform(0.09, 0.14),
-        part=rng.uniform(-0.2, 0.2),
-        light=rng.uniform(0.82, 1),
-        size=rng.uniform(46, 54),
-        tilt=rng.normal(0, 0.04),
-        place=rng.normal(0, 3, 2),
-        rest=rng.normal(0, 0.15, 6),
-        pitch=pitch * 2 ** rng.normal(0, 0.12),
-        formants=formants * 2 ** rng.normal(0, 0.05),
-        loud=rng.normal(0, 2),
-        bright=rng.normal(0, 0.4),
-    )
+        skin=SKINS[skin], hair=pick(HAIRS[: 7 - skin]), iris=pick(IRISES), clothes=pick(CLOTHES), wall=pick(WALLS),
+        style=pick(list(STYLES)), width=rng.uniform(0.76, 0.9), jaw=rng.uniform(0, 0.14), gap=rng.uniform(0.31, 0.36),
+        nose=rng.uniform(0.09, 0.14), part=rng.uniform(-0.2, 0.2), light=rng.uniform(0.82, 1), size=rng.uniform(46, 54),
+        tilt=rng.normal(0, 0.04), place=rng.normal(0, 3, 2), rest=rng.normal(0, 0.15, 6),
+        pitch=pitch * 2 ** rng.normal(0, 0.12), formants=formants * 2 ** rng.normal(0, 0.05),
+        loud=rng.normal(0, 2), bright=rng.normal(0, 0.4),
+    )  # fmt: skip
 
 
 def mix(colour, other, part):
@@ -1596,7 +1546,8 @@ def parse(words):
             p.add_argument("--raw", type=Path, help="the download")
         if name != "mosi":
             p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-            p.add_argument("--max-bad", type=float, default=MAX_BAD.get(name, 5.0), help="per cent of clips that may be unusable")
+            bad = MAX_BAD.get(name, 5.0)
+            p.add_argument("--max-bad", type=float, default=bad, help="per cent of clips that may be unusable")
             for option, default in default_options(LISTERS.get(name, own_data)).items():
                 kind = str if default is None else type(default)
                 p.add_argument("--" + option.replace("_", "-"), type=kind, default=default, help=OPTIONS[option])
