@@ -230,13 +230,12 @@ def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, split_dir=None):
     paths = find_files(raw, ".mp4", ".mkv", ".webm")
     found = {clip_key(path.stem): path for path in paths}
     lists = find_lists(split_dir or raw, ".txt", ".csv")
-    if lists:
-        rows = [(split, *row) for split, path in lists.items() for row in kinetics_rows(path)]
-    else:
+    rows = [(split, *row) for split, path in lists.items() for row in kinetics_rows(path)]
+    if not rows and not split_dir:
         rows = kinetics_folders(raw, paths)
     if not any(key in found for _, key, _ in rows):
         raise DataError(f"{raw} holds no clip of Kinetics-Sounds: it takes train/<class>/<id>_<start>_<end>.mp4 and "
-                        "val/<class>/..., or flat folders beside train.csv and val.csv, or --split-dir")  # fmt: skip
+                        "val/<class>/..., flat folders beside train.csv and val.csv, or --split-dir")  # fmt: skip
     has_val = any(split == "val" for split, _, _ in rows)
     clips = {}
     for split, key, label in rows:
@@ -690,10 +689,6 @@ def read_sound(path, rate=16000):
     return np.concatenate(chunks)
 
 
-def read_fbank(path, spec):
-    return fbank(read_sound(path), spec)
-
-
 def fbank(sound, spec, rate=16000):
     """Kaldi's log-mel filter banks as the official code takes them: (1, bins, frames) float16.
     Mean removed, a Hanning window of 25 ms every `shift` ms, no dither; cut, or padded with zeros before
@@ -724,7 +719,12 @@ def read_features(path, spec):
     return padded
 
 
-READERS = {"frames": read_frames, "flow": read_flow, "fbank": read_fbank, "sequence": read_features}
+READERS = {
+    "frames": read_frames,
+    "flow": read_flow,
+    "fbank": lambda path, spec: fbank(read_sound(path), spec),
+    "sequence": read_features,
+}
 
 
 # --- 3  Preparing: on all cores, in place, and resuming where it was stopped ---
@@ -919,12 +919,12 @@ def start_worker():
     """A worker leaves Ctrl-C to its parent, computes on one core, and ends when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+    def end_with_parent():
+        parent_process().join()
+        os._exit(1)
+
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    parent_process().join()
-    os._exit(1)
 
 
 def make_arrays(folder, plan):

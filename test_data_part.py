@@ -901,8 +901,8 @@ def test_an_unknown_codec_is_one_more_bad_clip_and_a_title_that_is_not_unicode_n
 def test_from_the_raw_download_to_a_run(name, fixture, request, tmp_path):
     raw, says = request.getfixturevalue(fixture)
     sound = () if name == "ucf101" else ("--seconds", 0.3)
-    words = "data.py", name, "--raw", raw, "--out", tmp_path, "--size", 32, "--frames", 1, "--max-bad", 20, *sound
-    done = command(*words)
+    words = name, "--raw", raw, "--out", tmp_path, "--size", 32, "--frames", 1, "--max-bad", 20, *sound
+    done = called(*words)
     assert done.returncode == 0 and f"{len(says)} skipped" in done.stdout, done.stderr
     skipped = {i: r for _, i, r in json.loads((tmp_path / name / "manifest.json").read_text())["skipped"]}
     assert sorted(skipped) == sorted(says) and all(says[i] in skipped[i] and skipped[i] in done.stdout for i in says)
@@ -947,6 +947,47 @@ def test_whatever_a_clip_does_it_is_one_more_bad_clip(error, crema, tmp_path, mo
     clip = data.Clip("a", 0, "train", {"visual": crema / "VideoFlash/1001_IEO_ANG_XX.flv"})
     reason = data.prepare_clip(tmp_path, {"visual": data.frames_spec(1, 16)}, clip, 0)
     assert type(error).__name__ in reason and "\n" not in reason
+
+
+def broken_files(folder):
+    """Files of the kinds that broke readers when files were mutated at random."""
+    flash = film(folder / "good.flv", "flv1").read_bytes()
+    at = flash.index(b"\x09", 400)
+    (folder / "new_stream.flv").write_bytes(flash[:at] + b"\x08" + flash[at + 1 :])
+    (folder / "tags.flv").write_bytes(flash[:600] + bytes(range(256)) * 4 + flash[1600:])
+    film(folder / "good.mp4", **H264)
+    box = (folder / "good.mp4").read_bytes()
+    (folder / "no_samples.mp4").write_bytes(box.replace(b"stsz", b"st?z"))
+    (folder / "endless.mp4").write_bytes(box.replace(b"stts\0\0\0\0\0\0\0\1", b"stts\0\0\0\0\xff\xff\xff\xff"))
+    film(folder / "good.mkv", **H264)
+    (folder / "cut.mkv").write_bytes((folder / "good.mkv").read_bytes()[:700])
+    babble(folder / "good.wav", 0.5)
+    wave = (folder / "good.wav").read_bytes()
+    (folder / "no_channels.wav").write_bytes(wave[:22] + b"\0\0" + wave[24:])
+    (folder / "silent.wav").write_bytes(wave[:44])
+    np.save(folder / "good.npy", np.ones((2, 3)))
+    array = (folder / "good.npy").read_bytes()
+    (folder / "header.npy").write_bytes(array.replace(b"'fortran_order'", b"(((((((((((((((", 1))
+    (folder / "cut.npy").write_bytes(array[:-9])
+    np.savez(folder / "zip.npz", x=np.ones(3))
+    (folder / "zip.npz").rename(folder / "zip.npy")
+    Image.new("RGB", (50, 50)).save(folder / "good.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "good.jpg").read_bytes()[:300])
+    (folder / "folder.png").mkdir()
+    return sorted(p for p in folder.iterdir() if p.stem != "good")
+
+
+def test_broken_files_are_bad_clips_with_one_line_each(tmp_path):
+    features = {"kind": "sequence", "shape": [2, 3], "mean": [0.0] * 3, "std": [1.0] * 3}
+    for path in broken_files(tmp_path):
+        specs = {".npy": [features], ".wav": [data.fbank_spec(128, 1.0)]}.get(
+            path.suffix, [data.frames_spec(2, 16), data.flow_spec(1, 16), data.fbank_spec(128, 1.0)]
+        )
+        for spec in specs:
+            (tmp_path / "train").mkdir(exist_ok=True)
+            np.save(tmp_path / "train/x.npy", np.zeros((1, *spec["shape"]), spec.get("dtype", "float32")))
+            reason = data.prepare_clip(tmp_path, {"x": spec}, data.Clip("a", 0, "train", {"x": path}), 0)
+            assert "\n" not in reason and (reason or path.suffix in (".flv", ".mp4", ".mkv")), path
 
 
 def test_flow_of_an_odd_width_and_of_ten_bits(tmp_path):
