@@ -105,7 +105,7 @@ def find_files(raw, *suffixes):
     paths = []
     for folder, _, names in os.walk(raw, followlinks=True):
         paths += [Path(folder, name) for name in names if name.lower().endswith(suffixes)]
-    return sorted(paths, key=lambda p: (not p.parent.name.startswith("replacement"), p.suffix, p), reverse=True)
+    return sorted(paths, key=lambda p: (not p.parent.name.startswith("replacement"), p.suffix.lower(), p), reverse=True)
 
 
 def split_of(name):
@@ -367,7 +367,8 @@ def read_table(table):
         raise DataError(f"{table} takes a line of column names, label and one per modality, with commas between them, "
                         f"and a row per clip; it has {len(rows)} rows and the columns {columns}")  # fmt: skip
     for m in types:  # the name becomes a file's, a flag's and a module's
-        if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", m) or m == "labels" or hasattr(torch.nn.ModuleDict, m):
+        taken = m == "labels" or columns.count(m) > 1 or hasattr(torch.nn.ModuleDict, m)
+        if taken or not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", m):
             raise DataError(f"{table}: a modality cannot be called {m!r}: give the column another name")
     ids = set()
     for line, row in rows.items():
