@@ -99,8 +99,8 @@ def resnet18(shape):
     return PictureEncoder(nn.Sequential(layers), 512)
 
 
-def small_resnet(shape, widths=(16, 32, 64, 128)):
-    """A narrow ResNet for small pictures and spectrograms, such as the demo's; 128 features."""
+def small_resnet(shape, widths=(12, 24, 48, 96)):
+    """A narrow ResNet for small pictures and spectrograms, such as the demo's; 96 features."""
     stem = nn.Conv2d(shape[-3], widths[0], kernel_size=3, stride=2, padding=1, bias=False)
     layers = [stem, nn.BatchNorm2d(widths[0]), nn.ReLU()]
     for before, after in zip(widths, widths[1:]):
@@ -747,7 +747,7 @@ FUSIONS |= {"sum": Sum, "film": FiLM, "gated": Gated, "mbt": Bottleneck}
 # CREMA-D's are the official code's; the paper trains its other video datasets alike.
 OFFICIAL = dict(epochs=90, batch_size=64, lr=0.002, weight_decay=1e-4, every=20, times=3, augment=False)
 PRESETS = {
-    "demo": OFFICIAL | dict(epochs=40, lr=0.02, every=8),
+    "demo": OFFICIAL | dict(epochs=30, lr=0.05, every=5, times=4, augment=True),
     "cremad": OFFICIAL,
     "kinetics": OFFICIAL,
     "ucf101": OFFICIAL,
@@ -768,7 +768,7 @@ class Config:
     encoder: str = "auto"  # of pictures: resnet18, small, vit; auto: by their size
     fusion: str = "concat"  # how features are joined: concat, sum, film, gated, mbt
     noise_audio: float = 0.0  # noise on the sound, in standard deviations of it
-    augment: bool = None  # crops, flips and masks in training; officially none
+    augment: bool = None  # mild crops, flips, gains in training; officially none
     lam: float = 3.0  # lambda in a = tanh(lambda * gap)
     every: int = None  # H: diagnose after epochs H, 2H, ..., counted from 0
     times: int = None  # re-learn at most so many times
