@@ -1464,7 +1464,7 @@ def perform(raw, seed, index, name):
     return name
 
 
-def make_demo(raw, clips=2300, seed=0):
+def make_demo(raw, clips=2100, seed=0):
     """Draw and synthesise the clips, 3,456 at most, the emotions in turn -> ids. Clip i depends on seed and i alone."""
     rng = np.random.default_rng(seed)
     drawn = []
