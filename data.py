@@ -647,8 +647,9 @@ def read_flow(source, spec):
 
         cv2.setNumThreads(1)
         dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        # OpenCV takes no padded rows, which some formats have
-        grey = [np.ascontiguousarray(f.to_ndarray(format="gray")) for f in pick_frames(source, spec, pairs=True)]
+        # one thread: from PyAV 19 on more would hang a process forked later; a copy: OpenCV takes no padded rows
+        grey = [f.reformat(format="gray", threads=1).to_ndarray() for f in pick_frames(source, spec, pairs=True)]
+        grey = [np.ascontiguousarray(picture) for picture in grey]
         fields = []
         for first, second in zip(grey[::2], grey[1::2]):
             move = dis.calc(first, second, None).transpose(2, 0, 1)  # (2, H, W) in pixels
