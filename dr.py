@@ -794,7 +794,8 @@ class Config:
         self.name = self.name or run_name(self)
         for key, value in asdict(self).items():
             least = 1 if key in ("every", "epochs", "batch_size", "n_init") else 0
-            if key in CHOICES and value.split(":")[0] not in CHOICES[key]:  # cuda:1 is a cuda
+            kind = value.split(":")[0] if key == "device" else value  # cuda:1 is a cuda
+            if key in CHOICES and kind not in CHOICES[key]:
                 raise ValueError(f"{key} is one of {', '.join(CHOICES[key])}, not {value!r}")
             if isinstance(value, (int, float)) and not least <= value < math.inf:
                 raise ValueError(f"{key} is {least} or more, not {value}")
