@@ -799,6 +799,8 @@ class Config:
                 raise ValueError(f"{key} is one of {', '.join(CHOICES[key])}, not {value!r}")
             if isinstance(value, (int, float)) and not least <= value < math.inf:
                 raise ValueError(f"{key} is {least} or more, not {value}")
+            if key == "seed" and value >= 2**32:
+                raise ValueError(f"seed is below 2 to the 32, not {value}")
             if key in ("dataset", "name") and (Path(value).name != value or value == ".."):
                 raise ValueError(f"{key} is the name of a folder, without slashes, not {value!r}")
 
