@@ -1113,6 +1113,8 @@ def expand(words, base):
         except (ValueError, KeyError):
             raise ValueError(f"--sweep takes words such as method=joint,dr or lam=1,2.5, not {word!r}") from None
     configs = [Config(**base | dict(zip(grid, values))) for values in itertools.product(*grid.values())]
+    if len({c.folder for c in configs}) < len(configs):
+        raise ValueError("--sweep would write two of its runs into the same folder")
     return [c for c in configs if not c.modalities or not why_undefined(c, c.modalities.count("+") + 1)]
 
 
