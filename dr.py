@@ -937,10 +937,13 @@ def resume(config, model, initial, optimiser):
     if differ := ", ".join(differences(config, content["config"])):
         raise data.DataError(f"{path} is of an unfinished run with another {differ}: finish that, delete its folder, or "
                              "give this one another --name")  # fmt: skip
-    model.load_state_dict(content["model"])
-    optimiser.load_state_dict(content["optimiser"])
-    initial |= read_checkpoint(config.folder / "initial.pt")[0]["initial"]
-    return content["history"], content["best"]
+    try:
+        model.load_state_dict(content["model"])
+        optimiser.load_state_dict(content["optimiser"])
+        initial |= read_checkpoint(config.folder / "initial.pt")[0]["initial"]
+        return content["history"], content["best"]
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise data.DataError(f"{path} is not of a run on the {config.dataset} in {config.data}: delete it") from error
 
 
 def load_run(path, **changes):
