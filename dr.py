@@ -955,7 +955,7 @@ def load_run(path, **changes):
     model = make_model(config, dataset, device)
     try:
         model.load_state_dict(content["model"])
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         raise data.DataError(f"{path} holds no weights for the {config.dataset} that is in {config.data}") from error
     return model, dataset, config
 
