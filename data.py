@@ -51,8 +51,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-# torchaudio's import insists on the CUDA version it was built with; its Kaldi features are plain tensor
-# code and need none, so that check is told that there is no CUDA.
+# torchaudio's import insists on the CUDA version it was built with; its Kaldi features, plain tensor code, need none.
 cuda_version = torch.version.cuda
 torch.version.cuda = None
 from torchaudio.compliance import kaldi  # noqa: E402
@@ -83,10 +82,8 @@ class Clip:
     files: dict  # {modality: path}
 
 
-# How each kind of modality is stored, and the constants with which `normalise` treats it.
-
-
-def frames_spec(count, size, keep=1, **more):  # ImageNet's mean and deviation, in units of 0..255
+def frames_spec(count, size, keep=1, **more):
+    """How a modality is stored, and how `normalise` treats it: ImageNet's mean and deviation, in units of 0..255."""
     return {"kind": "frames", "count": count, "keep": keep, "size": size, "shape": [count * keep, size, size, 3],
             "dtype": "uint8", "mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], **more}  # fmt: skip
 
@@ -168,19 +165,16 @@ def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, split="clips", split_di
     `raw` holds <id>.wav and <id>.flv (or .mp4) at any depth. split "clips" draws 80 / 10 / 10 per cent at random over
     clips, as in the paper: every actor is in all three. "actors" holds out whole actors. `split_dir` holds lists with
     lines `id,EMO` instead: my_train.csv or train.csv, test.csv, and val.csv unless a tenth of train is to be drawn.
-    Four clips are known to be bad: 1076_MTI_SAD_XX (an error picture, silence), 1076_MTI_NEU_XX (three frames),
-    1064_TIE_SAD_XX (18 frames, no duration), 1064_IEO_DIS_MD (a minute, of which ten seconds are used). What FFmpeg
-    can read of them is kept, and so are three pairs of WAVs that are the same under two labels: see the README."""
+    What FFmpeg can read of the four clips known to be bad is kept: see README_data.md."""
     if split not in ("clips", "actors"):
         raise DataError(f"--split is clips or actors, not {split}")
-    sounds = {path.stem: path for path in find_files(raw, ".wav") if CREMAD_ID.fullmatch(path.stem)}
-    pictures = {path.stem: path for path in find_files(raw, ".flv", ".mp4") if CREMAD_ID.fullmatch(path.stem)}
+    sounds = {path.stem: path for path in find_files(raw, ".wav")}
+    pictures = {path.stem: path for path in find_files(raw, ".flv", ".mp4")}
+    ids = sorted(filter(CREMAD_ID.fullmatch, {**sounds, **pictures}))
     for found, what in (sounds, "sound: no AudioWAV/<id>.wav"), (pictures, "picture: no VideoFlash/<id>.flv"):
-        if not found:
+        if found.keys().isdisjoint(ids):
             raise DataError(f"{raw} holds no CREMA-D, or a copy without {what}. Fetch it from {MIRROR}")
-    clips = []
-    for i in sorted({**sounds, **pictures}):
-        clips.append(cremad_clip(i, sounds.get(i, raw / f"{i}.wav"), pictures.get(i, raw / f"{i}.flv")))
+    clips = [cremad_clip(i, sounds.get(i, raw / f"{i}.wav"), pictures.get(i, raw / f"{i}.flv")) for i in ids]
     if split_dir:
         clips = read_splits(split_dir, clips)
     else:
@@ -263,7 +257,7 @@ def kinetics_folders(raw, paths):
     rows = []
     for path in paths:
         folders = [name.replace("_", " ") for name in path.relative_to(raw).parts[:-1]]
-        splits = [split_of(name) for name in folders if split_of(name)]
+        splits = list(filter(None, map(split_of, folders)))
         labels = [KINETICS_SOUNDS.index(name) for name in folders if name in KINETICS_SOUNDS]
         if splits and labels and clip_key(path.stem):
             rows.append((splits[-1], clip_key(path.stem), labels[-1]))
@@ -326,9 +320,8 @@ def own_data(table, frames=2, keep=1, size=224, seconds=3.0):
     """Your own clips from a CSV -> (clips, classes, specs).
     It has a column `label`, and may have `split` (train, val or test; else 80 / 10 / 10 per cent are drawn, every
     label in its share), `group` (clips of a group then stay together) and `id`. Every other column is a modality and
-    holds files, relative to the CSV: a video becomes frames, a picture one frame, a sound its fbank, a .npy of (T,
-    D) or (D,) numbers a feature sequence; a video in a column `audio` becomes sound, in one called `flow` optical
-    flow."""
+    holds files, relative to the CSV: a video becomes frames, a picture one frame, a sound its fbank, a .npy of (T, D)
+    or (D,) numbers a feature sequence; a video in a column `audio` becomes sound, in one called `flow` flow."""
     rows, types = read_table(table)
     classes = sorted(set(rows["label"]))
     clips = []
@@ -362,12 +355,11 @@ def read_table(table):
     rows.index += 1  # its line
     rows = rows[(rows != "").any(axis=1)]
     modalities = [m for m in rows if m not in ("label", "split", "group", "id")]
-    if "label" not in rows or not modalities or rows.empty:
+    if "label" not in rows or not modalities or rows.empty or not rows.columns.is_unique:
         raise DataError(f"{table} takes a line of column names, label and one per modality, with commas between them, "
                         f"and a row per clip; it has {len(rows)} rows and the columns {list(rows)}")  # fmt: skip
     for m in modalities:  # the name becomes a file's, a flag's and a module's
-        taken = m == "labels" or modalities.count(m) > 1 or hasattr(torch.nn.ModuleDict, m)
-        if taken or not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", m):
+        if m == "labels" or hasattr(torch.nn.ModuleDict, m) or not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", m):
             raise DataError(f"{table}: a modality cannot be called {m!r}: give the column another name")
     if "id" not in rows:
         rows = rows.assign(id=[f"line {line}" for line in rows.index])
@@ -428,10 +420,7 @@ class PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-MOSI_SHA256 = {
-    "aligned_50.pkl": "d3994fd25681f9c7ad6e9c6596a6fe9b4beb85ff7d478ba978b124139002e5f9",
-    "unaligned_50.pkl": "78e0f8b5ef8ff71558e7307848fc1fa929ecb078203f565ab22b9daab2e02524",
-}
+MOSI_SHA256 = "d3994fd25681f9c7ad6e9c6596a6fe9b4beb85ff7d478ba978b124139002e5f9"  # of aligned_50.pkl
 
 
 def prepare_mosi(raw, folder):
@@ -441,7 +430,7 @@ def prepare_mosi(raw, folder):
     if not raw.is_file():
         raise DataError(f"--raw {raw} is no file: it takes the pickle itself, as aligned_50.pkl")
     content = raw.read_bytes()
-    if raw.name in MOSI_SHA256 and MOSI_SHA256[raw.name] != hashlib.sha256(content).hexdigest():
+    if raw.name == "aligned_50.pkl" and hashlib.sha256(content).hexdigest() != MOSI_SHA256:
         print(f"warning: {raw} is not the {raw.name} that MMSA publishes: its SHA-256 is another", file=sys.stderr)
     specs = {}
     arrays = {}  # {file: array}
@@ -460,8 +449,8 @@ def prepare_mosi(raw, folder):
             arrays[f"{split}/labels"] = np.where(np.isfinite(score), score >= 0, -1)
             ids[split] = [str(i) for i in np.reshape(part.get("id", range(len(x))), (len(x), -1))[:, 0]]
     except Exception as error:  # what is no pickle of MOSI can be wrong in any way
-        raise DataError(f"{raw} is not CMU-MOSI as MMSA or MultiBench lay it out, but damaged, or a web page or git-lfs "
-                        f"stub saved in its place ({error!r}): download it anew, as the README says") from None  # fmt: skip
+        raise DataError(f"{raw} is not CMU-MOSI as MMSA or MultiBench lay it out, but damaged, or a web page or "
+                        f"git-lfs stub saved in its place ({error!r}): download it anew") from None  # fmt: skip
     for name, array in arrays.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / f"{name}.npy", partial(np.save, arr=array))
@@ -555,8 +544,7 @@ def read_frames(path, spec):
 
 def pick_frames(path, spec, pairs=False):
     """The decoded frames at the middles of count * keep equal parts of a video; in pairs, each with the next one.
-    Packets are cheap to read and dear to decode: all are read, so that the length is known even where the container
-    does not tell it, and decoding begins at the last keyframe before each frame that is wanted."""
+    All packets are read, which is cheap: the length is then known even where the container does not tell it."""
     with open_media(path) as container:
         if not container.streams.video:
             raise BadClip("no picture")
@@ -584,23 +572,20 @@ def pick_frames(path, spec, pairs=False):
 
 
 def decode(codec, packets, wanted):
-    """{i: frame} for the frames `wanted`, counted in the order in which they are shown.
-    Where that is the order of the packets, decoding begins at the last keyframe before each."""
+    """{i: frame} for the frames `wanted`, counted in the order in which they are shown. Where that is the order of the
+    packets, decoding begins at the last keyframe before each."""
     codec.thread_count = 1  # it is the clips that are read in parallel
-    keys = [0]
     times = [-1 if p.is_discard or p.pts is None else p.pts for p in packets]
-    if codec.name != "mpeg4" and np.all(np.diff(times) > 0):  # an AVI's times tell nothing of B-frames
-        keys = [k for k, p in enumerate(packets) if p.is_keyframe or k == 0]
+    in_order = codec.name != "mpeg4" and all(np.diff(times) > 0)  # an AVI's times tell nothing of B-frames
+    keys = [k for k, p in enumerate(packets) if k == 0 or in_order and p.is_keyframe]
     packets = [*packets, None]  # None: what is still in the decoder comes out
     frames = {}
-    shown = 0  # frames out of the decoder
-    fed = 0  # packets into it
+    shown = fed = 0  # frames out of the decoder, packets into it
     for i in sorted(set(wanted)):
         key = max(k for k in keys if k <= i)
         if key > fed:
             codec.flush_buffers()
-            shown = key
-            fed = key
+            shown = fed = key
         while shown <= i and fed < len(packets):
             for frame in codec.decode(packets[fed]):
                 frames[shown] = frame
@@ -611,8 +596,7 @@ def decode(codec, packets, wanted):
 
 def read_flow(source, spec):
     """Optical flow at the middles of equal parts, (count * keep, size, size, 2) uint8: 128 is none, 255 is 20 pixels.
-    `source` is a folder of precomputed pictures (see find_flow); or a video, whose flow from one frame to the next
-    is then computed by OpenCV's DIS (Kroeger et al. 2016), in milliseconds where TV-L1 takes seconds."""
+    `source` is a folder of pictures (see find_flow), or a video, for OpenCV's DIS (Kroeger et al. 2016)."""
     axes = []  # u, v, u, v, ...
     if source.is_dir():
         u, v = flow_pictures(source)
@@ -634,7 +618,7 @@ def read_flow(source, spec):
 
 
 def flow_pictures(folder):
-    """The pictures of u and of v: flow_x* and flow_y* in one folder, or those of u/.../<clip> and v/.../<clip>."""
+    """The pictures of u and of v, in either layout."""
     u = sorted(folder.glob("flow_x*.jpg"))
     v = sorted(folder.glob("flow_y*.jpg"))
     if not u:
@@ -689,12 +673,11 @@ def read_features(path, spec):
     return padded
 
 
-READERS = {
-    "frames": read_frames,
-    "flow": read_flow,
-    "fbank": lambda path, spec: fbank(read_sound(path), spec),
-    "sequence": read_features,
-}
+def read_fbank(path, spec):
+    return fbank(read_sound(path), spec)
+
+
+READERS = {"frames": read_frames, "flow": read_flow, "fbank": read_fbank, "sequence": read_features}
 
 
 # --- 3  Preparing: on all cores, in place, and resuming where it was stopped ---
@@ -716,11 +699,10 @@ OPTIONS = {  # what they mean, and how far numbers may go
 
 
 def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **options):
-    """Turn a raw download, or the files of a CSV, into `out`/`name`; `options` are the keyword arguments of its lister.
-    Every clip has its row in arrays that are made at full size first; workers write rows in place, and a journal
-    says which are safely on disk. Stopped at any moment, the same call resumes, and the arrays come out the same
-    byte for byte. Raises DataError for all that the user can mend, among it more than `max_bad` per cent of clips
-    that cannot be used (default MAX_BAD, else 5). Returns the folder."""
+    """Turn a raw download, or the files of a CSV, into `out`/`name` -> that folder. `options` are its lister's keyword
+    arguments. Every clip has its row in arrays that are made at full size first; workers write rows in place, and a
+    journal says which are safely on disk: stopped at any moment, the same call resumes, with the same result. Raises
+    DataError for all that the user can mend, among it more than `max_bad` per cent of bad clips (MAX_BAD, else 5)."""
     folder = Path(out) / name
     raw = Path(raw or folder / "raw")
     own = raw.suffix.lower() == ".csv"
@@ -758,12 +740,12 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
         raise DataError(f"{folder} was begun with other clips than {raw} holds now: delete it to begin again")
     bad = prepare_clips(folder, plan, splits, workers, max_bad)
 
-    skipped = {clip for _, clip, _ in bad}
+    skipped = {i for _, i, _ in bad}
     for split, mine in splits.items():
         labels = np.array([-1 if clip.id in skipped else clip.label for clip in mine], np.int64)
         write_atomically(folder / split / "labels.npy", partial(np.save, arr=labels))
     write_json(folder / "manifest.json", {**plan, "skipped": sorted(bad)})
-    (folder / "journal.txt").unlink(missing_ok=True)
+    (folder / "journal.txt").unlink()
     (folder / "plan.json").unlink()
     return folder
 
@@ -777,19 +759,18 @@ def check_files(folder, raw, splits):
     for split, clips in splits.items():
         there = sum(all(path.exists() and not is_stub(path) for path in clip.files.values()) for clip in clips)
         if there <= 0.1 * len(clips):
-            what, source = SOURCES.get(folder.name, ("all files", ""))
-            raise DataError(f"{raw}: of {len(clips):,} clips in the {split} split {there} have their files there (git-lfs "
-                            "stubs do not count); is a part of the download, or a list of the splits, missing? Nothing "
-                            f"was prepared. Get {what}{': ' * bool(source)}{source}")  # fmt: skip
+            what, source = SOURCES.get(folder.name, ("it whole", "all files"))
+            raise DataError(f"{raw}: of {len(clips):,} clips in the {split} split {there} have their files there, "
+                            "git-lfs stubs not counted; is a part of the download, or a list of the splits, missing? "
+                            f"Nothing was prepared. Get {what}: {source}")  # fmt: skip
 
 
 def prepare_clips(folder, plan, splits, workers, max_bad):
     """Do what is left to do -> [[split, clip, why it was skipped]]."""
     paths = make_arrays(folder, plan)
     journal = folder / "journal.txt"
-    done = set()  # a damaged line means that its clip is read once more
-    if journal.exists():
-        done = set(journal.read_text(errors="replace").split("\n")[:-1])
+    journal.touch()
+    done = set(journal.read_text(errors="replace").split("\n")[:-1])  # a clip of a damaged line is read again
     jobs = [(clip, row) for clips in splits.values() for row, clip in enumerate(clips)]
     todo = [(clip, row) for clip, row in jobs if f"{clip.split} {row}" not in done]
     bad = []
@@ -848,8 +829,7 @@ def read_file(path, spec):
 
 def in_parallel(work, jobs, workers=None):
     """Yield work(*job) for every job, in order, from a pool of processes: one per core, or `workers` of them.
-    When a process dies (a crash inside FFmpeg), the next jobs are done one at a time; the one it dies on yields
-    None."""
+    When a process dies (inside FFmpeg), the next jobs are done one at a time; the one it dies on yields None."""
     done = 0
     careful = 0  # up to here one at a time
     while done < len(jobs):
@@ -858,8 +838,7 @@ def in_parallel(work, jobs, workers=None):
         part = jobs[done:careful] if alone else jobs[done:]
         pool = ProcessPoolExecutor(size, initializer=start_worker)
         try:
-            # Python loses a Ctrl-C that comes while it forks: it is noted, and heeded when all workers are there
-            pressed = []
+            pressed = []  # Python loses a Ctrl-C that comes while it forks: it is heeded when all workers are there
             usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
             results = pool.map(work, *zip(*part), chunksize=1 if alone else 8)
             signal.signal(signal.SIGINT, usual)
@@ -912,13 +891,12 @@ def make_arrays(folder, plan):
 
 def save_journal(journal, safe, paths):
     """Flush the arrays to the disk first, and only then write down that the rows `safe` are there."""
-    if safe:
-        for path in paths:
-            with open(path, "r+b") as file:
-                os.fsync(file.fileno())
-        with open(journal, "a") as file:
-            file.writelines(safe)
-            file.flush()
+    for path in [*paths, journal] if safe else []:
+        with open(path, "r+b") as file:
+            file.seek(0, os.SEEK_END)
+            if path == journal:
+                file.write("".join(safe).encode())
+                file.flush()
             os.fsync(file.fileno())
     safe.clear()
 
@@ -1009,15 +987,11 @@ def open_arrays(name, folder, manifest, modalities=None):
         if not len(rows):
             raise DataError(f"{folder}/{split} holds no clip: see what manifest.json says was skipped")
         splits[split] = Split(arrays, specs, rows, labels[rows], [ids[row] for row in rows])
-    shapes = {m: sample_shape(spec) for m, spec in specs.items()}
+    shapes = {m: tuple(spec["shape"]) for m, spec in specs.items()}  # as `normalise` makes them
+    for m, spec in specs.items():
+        if "count" in spec:
+            shapes[m] = (spec["count"], spec["shape"][-1], spec["size"], spec["size"])
     return Dataset(**splits, classes=manifest["classes"], shapes=shapes)
-
-
-def sample_shape(spec):
-    """The shape of one sample as an encoder takes it: see `normalise`."""
-    if spec["kind"] in ("frames", "flow"):
-        return spec["count"], spec["shape"][-1], spec["size"], spec["size"]
-    return tuple(spec["shape"])
 
 
 def add_noise(dataset, modality, level):
@@ -1447,13 +1421,13 @@ def make_demo(raw, clips=2300, seed=0):
 # --- 6  Command line ---
 
 
-def show(name, root="prepared", count=6):
+def show(name, root="prepared"):
     """Draw a training clip of each class as it was prepared, flow with u red and v green -> path of the picture."""
     import matplotlib.pyplot as plt
 
     dataset = load(name, root)
     split = dataset.train
-    chosen = np.unique(split.labels, return_index=True)[1][:count]
+    chosen = np.unique(split.labels, return_index=True)[1][:6]
     size = (3 * len(split.arrays), 2 * len(chosen))
     figure, axes = plt.subplots(len(chosen), len(split.arrays), figsize=size, squeeze=False, layout="constrained")
     for line, k in zip(axes, chosen):
@@ -1463,8 +1437,8 @@ def show(name, root="prepared", count=6):
                 axis.imshow(np.pad(np.hstack(x), ((0, 0), (0, 0), (0, 3 - x.shape[-1])), constant_values=128))
             else:
                 axis.imshow(x.reshape(-1, x.shape[-1]), origin="lower", aspect="auto", cmap="magma")
-            axis.set(xticks=[], yticks=[], title=m)
-        line[0].set_ylabel(f"{dataset.classes[split.labels[k]]}\n{split.ids[k]}")
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"{m}, {split.ids[k]} ({dataset.classes[split.labels[k]]})", parse_math=False)
     path = Path(root) / name / "samples.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -1511,7 +1485,7 @@ def main():
         prepare(**args)
         manifest = read_json(folder / "manifest.json")
     except (DataError, OSError) as error:
-        hint = "" if isinstance(error, DataError) else "; when that is mended, the same command resumes"
+        hint = "; when that is mended, the same command resumes" * isinstance(error, OSError)
         print(f"data.py: {error}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -53,8 +53,6 @@ def called(*words):
     return SimpleNamespace(returncode=code, stdout=told.getvalue(), stderr=complained.getvalue())
 
 
-
-
 def parts(clips, what=lambda c: c.id):
     return {s: {what(c) for c in clips if c.split == s} for s in ("train", "val", "test")}
 
@@ -1190,5 +1188,3 @@ def test_of_several_frames_kept_the_middle_one_is_taken_unless_augmented():
     y = data.read_inputs(split, "frames", np.arange(12).repeat(9), rng=np.random.default_rng(0))[:, :, 0, 12, 12]
     drawn = np.rint(y.numpy() * spec["std"][0] + spec["mean"][0])
     assert {tuple(d) for d in drawn} == {(i, j) for i in (0, 1, 2) for j in (3, 4, 5)}
-
-
