@@ -1,5 +1,4 @@
-"""Prepare and load the datasets: from a raw download to memory-mapped arrays,
-and from those to batches.
+"""Prepare and load the datasets: from a raw download to memory-mapped arrays, and from those to batches.
 
     python data.py cremad   --raw CREMA-D         VideoFlash/ and AudioWAV/
     python data.py kinetics --raw kinetics400     Kinetics-Sounds' 31 classes
@@ -20,6 +19,7 @@ What it leaves behind, and what training reads, is a folder of NumPy arrays:
 
 import argparse
 import csv
+import glob
 import hashlib
 import inspect
 import io
@@ -43,6 +43,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pandas as pd
 import scipy.io.wavfile
 import scipy.signal
 import torch
@@ -50,8 +51,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-# torchaudio's import insists on the CUDA version it was built with; its Kaldi features are plain tensor
-# code and need none, so that check is told that there is no CUDA.
+# torchaudio's import insists on the CUDA version it was built with; its Kaldi features, plain tensor code, need none.
 cuda_version = torch.version.cuda
 torch.version.cuda = None
 from torchaudio.compliance import kaldi  # noqa: E402
@@ -69,6 +69,8 @@ class BadClip(Exception):
 
 # --- 1  The datasets: from a raw folder to clips. One lister each; its keyword arguments are its options. ---
 
+SPLITS = ("train", "val", "test")
+
 
 @dataclass
 class Clip:
@@ -80,17 +82,15 @@ class Clip:
     files: dict  # {modality: path}
 
 
-# How each kind of modality is stored, and the constants with which `normalise` treats it.
-
-
-def frames_spec(count, size, keep=1, **more):  # ImageNet's mean and deviation, in units of 0..255
+def frames_spec(count, size, keep=1, **more):
+    """How a modality is stored, and how `normalise` treats it: ImageNet's mean and deviation, in units of 0..255."""
     return {"kind": "frames", "count": count, "keep": keep, "size": size, "shape": [count * keep, size, size, 3],
             "dtype": "uint8", "mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], **more}  # fmt: skip
 
 
 def flow_spec(count, size, keep=1, **more):
-    return {"kind": "flow", "count": count, "keep": keep, "size": size, "shape": [count * keep, size, size, 2],
-            "dtype": "uint8", "mean": 128.0, "std": 32.0, **more}  # fmt: skip
+    flow = {"kind": "flow", "shape": [count * keep, size, size, 2], "mean": 128.0, "std": 32.0}
+    return frames_spec(count, size, keep, **flow, **more)
 
 
 def fbank_spec(bins, seconds, shift=10.0):  # the official code's (x + 4.503877) / (2 * 5.141276)
@@ -100,11 +100,9 @@ def fbank_spec(bins, seconds, shift=10.0):  # the official code's (x + 4.503877)
 
 def find_files(raw, *suffixes):
     """All files below a folder that end so, in any case; of one name the best last, so that {path.stem: path} holds
-    it: Kinetics' `replacement` of a corrupt clip is better than anything, then .flv better than .mp4, by the
-    alphabet."""
-    paths = []
-    for folder, _, names in os.walk(raw, followlinks=True):
-        paths += [Path(folder, name) for name in names if name.lower().endswith(suffixes)]
+    it: Kinetics' `replacement` of a corrupt clip before anything, then .flv before .mp4, by the alphabet."""
+    names = glob.iglob("**", root_dir=raw, recursive=True)
+    paths = [Path(raw, name) for name in names if name.lower().endswith(suffixes)]
     return sorted(paths, key=lambda p: (not p.parent.name.startswith("replacement"), p.suffix.lower(), p), reverse=True)
 
 
@@ -117,49 +115,49 @@ def split_of(name):
 def find_lists(folder, *suffixes):
     """{split: path} of the lists that are named after a split."""
     found = {split_of(path.stem): path for path in find_files(folder, *suffixes)}
-    return {split: found[split] for split in ("train", "val", "test") if split in found}
+    return {split: found[split] for split in SPLITS if split in found}
 
 
 def draw_splits(clips, val=0.1, test=0.1, unit=lambda clip: clip.id):
     """Move shares of the training clips to test and val, at random, every class in its share, and whole units
     (actors, groups cut from one video)."""
-    kinds = {}  # {unit: its class, or -1 if it holds several}
+    units = {}  # {unit: its clips}
     for clip in clips:
         if clip.split == "train":
-            kinds[unit(clip)] = clip.label if kinds.get(unit(clip), clip.label) == clip.label else -1
-    total = len(kinds)
+            units.setdefault(unit(clip), []).append(clip)
+    total = len(units)
     for split, share in ("test", test), ("val", val):
-        drawn = hold_out(kinds, round(share * total))
-        for clip in clips:
-            if clip.split == "train" and unit(clip) in drawn:
+        rng = np.random.default_rng(0)
+        kinds = {}  # {label, or -1 for several: units}
+        for u in sorted(units):
+            labels = {clip.label for clip in units[u]}
+            kinds.setdefault(labels.pop() if len(labels) == 1 else -1, []).append(u)
+        places = []  # (where in 0..1 it stands among its kind, unit)
+        for kind in sorted(kinds):
+            mine = rng.permutation(kinds[kind]).tolist()
+            places += [((rank + 0.5) / len(mine), u) for rank, u in enumerate(mine)]
+        for _, u in sorted(places)[: round(share * total)]:
+            for clip in units.pop(u):
                 clip.split = split
-                kinds.pop(unit(clip), None)
-
-
-def hold_out(kinds, n):
-    """n of the units of {unit: kind} at random, every kind in its share -> a set."""
-    rng = np.random.default_rng(0)
-    place = {}  # {unit: where in 0..1 it stands among its kind}
-    for kind in sorted(set(kinds.values())):
-        mine = sorted(u for u in kinds if kinds[u] == kind)
-        for rank, k in enumerate(rng.permutation(len(mine))):
-            place[mine[k]] = (rank + 0.5) / len(mine)
-    return set(sorted(kinds, key=lambda u: (place[u], u))[:n])
 
 
 def complete_splits(clips):
     """Without a test set, validation becomes it; without a validation set, a tenth of the training clips does."""
     splits = {clip.split for clip in clips}
-    for clip in clips:
-        if clip.split == "val" and "test" not in splits:
-            clip.split = "test"
+    if "test" not in splits:
+        for clip in clips:
+            clip.split = clip.split.replace("val", "test")
     if not {"val", "test"} <= splits:
         draw_splits(clips, test=0)
-    return clips
 
 
 EMOTIONS = ["ANG", "DIS", "FEA", "HAP", "NEU", "SAD"]
 CREMAD_ID = re.compile(r"\d{4}_[A-Z]{3}_(ANG|DIS|FEA|HAP|NEU|SAD)_[A-Z]{2}")
+
+
+def cremad_clip(name, audio, visual):
+    """A clip called <actor>_<sentence>_<emotion>_<level>."""
+    return Clip(name, EMOTIONS.index(name[9:12]), "train", {"audio": audio, "visual": visual})
 
 
 def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, split="clips", split_dir=None):
@@ -167,51 +165,41 @@ def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, split="clips", split_di
     `raw` holds <id>.wav and <id>.flv (or .mp4) at any depth. split "clips" draws 80 / 10 / 10 per cent at random over
     clips, as in the paper: every actor is in all three. "actors" holds out whole actors. `split_dir` holds lists with
     lines `id,EMO` instead: my_train.csv or train.csv, test.csv, and val.csv unless a tenth of train is to be drawn.
-    Four clips are known to be bad: 1076_MTI_SAD_XX (an error picture, silence), 1076_MTI_NEU_XX (three frames),
-    1064_TIE_SAD_XX (18 frames, no duration), 1064_IEO_DIS_MD (a minute, of which ten seconds are used). What FFmpeg
-    can read of them is kept, and so are three pairs of WAVs that are the same under two labels: see the README."""
-    sounds = {path.stem: path for path in find_files(raw, ".wav")}
-    pictures = {path.stem: path for path in find_files(raw, ".flv", ".mp4")}
-    clips = cremad_clips(raw, sorted({**sounds, **pictures}), sounds, pictures)
-    for found, what in (sounds, "sound: no AudioWAV/<id>.wav"), (pictures, "picture: no VideoFlash/<id>.flv"):
-        if not any(clip.id in found for clip in clips):
-            raise DataError(f"{raw} holds no CREMA-D, or a copy without {what}. Fetch it from {MIRROR}")
+    What FFmpeg can read of the four clips known to be bad is kept: see README_data.md."""
     if split not in ("clips", "actors"):
         raise DataError(f"--split is clips or actors, not {split}")
+    sounds = {path.stem: path for path in find_files(raw, ".wav")}
+    pictures = {path.stem: path for path in find_files(raw, ".flv", ".mp4")}
+    ids = sorted(filter(CREMAD_ID.fullmatch, {**sounds, **pictures}))
+    for found, what in (sounds, "sound: no AudioWAV/<id>.wav"), (pictures, "picture: no VideoFlash/<id>.flv"):
+        if found.keys().isdisjoint(ids):
+            raise DataError(f"{raw} holds no CREMA-D, or a copy without {what}. Fetch it from {MIRROR}")
+    clips = [cremad_clip(i, sounds.get(i, raw / f"{i}.wav"), pictures.get(i, raw / f"{i}.flv")) for i in ids]
     if split_dir:
-        clips = complete_splits(read_splits(split_dir, clips))
+        clips = read_splits(split_dir, clips)
     else:
         draw_splits(clips, unit=lambda clip: clip.id[:4] if split == "actors" else clip.id)
     # one clip of the real set goes on for a minute after a sentence of three seconds
     return clips, EMOTIONS, {"audio": fbank_spec(128, seconds), "visual": frames_spec(frames, size, keep, longest=10)}
 
 
-def cremad_clips(raw, ids, sounds, pictures):
-    """The clips of those ids that are <actor>_<sentence>_<emotion>_<level>, all of them in train."""
-    clips = []
-    for i in filter(CREMAD_ID.fullmatch, ids):
-        audio = sounds.get(i, raw / f"AudioWAV/{i}.wav")
-        visual = pictures.get(i, raw / f"VideoFlash/{i}.flv")
-        clips.append(Clip(i, EMOTIONS.index(i[9:12]), "train", {"audio": audio, "visual": visual}))
-    return clips
-
-
 def read_splits(folder, clips):
     """The clips that CREMA-D's circulating lists name; an unknown id, a wrong label or an overlap is an error."""
-    known = {clip.id: clip for clip in clips}
-    listed = {}
+    unlisted = {clip.id: clip for clip in clips}
+    listed = []
     for split, path in find_lists(folder, ".csv").items():
-        for number, line in enumerate(path.read_text("utf-8-sig").split(), 1):
+        for line in path.read_text("utf-8-sig").split():
+            if line == "name,label":  # some begin with a header
+                continue
             i, _, emotion = line.partition(",")
-            if i in known and i[9:12] == emotion and i not in listed:
-                listed[i] = known[i]
-                listed[i].split = split
-            elif number > 1 or emotion in EMOTIONS or i in known:  # else some of these files have a header line
-                raise DataError(f"{path}, line {number}: {line} is not among the raw files, not what its name says, or "
-                                "listed twice")  # fmt: skip
+            if i not in unlisted or i[9:12] != emotion:
+                raise DataError(f"{path}: {line} is not among the raw files, not what its name says, or listed twice")
+            unlisted[i].split = split
+            listed.append(unlisted.pop(i))
     if not listed:
         raise DataError(f"{folder} holds no lists: it takes my_train.csv (or train.csv), test.csv and maybe val.csv")
-    return list(listed.values())
+    complete_splits(listed)
+    return listed
 
 
 KINETICS_SOUNDS = """blowing nose, blowing out candles, bowling, chopping wood, dribbling basketball, laughing,
@@ -236,13 +224,14 @@ def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, split_dir=None):
     if not any(key in found for _, key, _ in rows):
         raise DataError(f"{raw} holds no clip of Kinetics-Sounds: it takes train/<class>/<id>_<start>_<end>.mp4 and "
                         "val/<class>/..., flat folders beside train.csv and val.csv, or --split-dir")  # fmt: skip
-    has_val = any(split == "val" for split, _, _ in rows)
-    clips = {}
+    if not split_dir and any(split == "val" for split, _, _ in rows):
+        rows = [row for row in rows if row[0] != "test"]
+    clips = {}  # a clip that is listed twice counts for test
     for split, key, label in rows:
         path = found.get(key, raw / f"{key}.mp4")
-        if split_dir or split != "test" or not has_val:
-            clips[key] = Clip(key, label, split, {"audio": path, "visual": path})
-    clips = complete_splits(list(clips.values()))
+        clips[key] = Clip(key, label, split, {"audio": path, "visual": path})
+    clips = list(clips.values())
+    complete_splits(clips)
     return clips, KINETICS_SOUNDS, {"audio": fbank_spec(128, seconds), "visual": frames_spec(frames, size, keep)}
 
 
@@ -264,41 +253,36 @@ def kinetics_rows(path):
 
 
 def kinetics_folders(raw, paths):
-    """[(split, clip, label)] from the names of the folders that a clip lies in, the innermost first."""
+    """[(split, clip, label)] from the names of the folders that a clip lies in, test last."""
     rows = []
     for path in paths:
-        folders = [name.replace("_", " ") for name in path.relative_to(raw).parts[-2::-1]]
-        splits = [split_of(name) for name in folders if split_of(name)]
+        folders = [name.replace("_", " ") for name in path.relative_to(raw).parts[:-1]]
+        splits = list(filter(None, map(split_of, folders)))
         labels = [KINETICS_SOUNDS.index(name) for name in folders if name in KINETICS_SOUNDS]
         if splits and labels and clip_key(path.stem):
-            rows.append((splits[0], clip_key(path.stem), labels[0]))
-    return sorted(rows, key=lambda row: ("train", "val", "test").index(row[0]))
+            rows.append((splits[-1], clip_key(path.stem), labels[-1]))
+    return sorted(rows, key=lambda row: SPLITS.index(row[0]))
 
 
-UCF_ID = re.compile(r"(v_(\w+?)_g(\d+)_c\d+)", re.IGNORECASE)
+UCF_ID = re.compile(r"v_(\w+?)_g(\d+)_c\d+", re.IGNORECASE)
 
 
 def ucf101(raw, frames=3, keep=1, size=224, fold=1):
     """UCF-101: RGB and optical flow of 13,320 clips, 101 classes -> (clips, classes, specs).
-    `raw` holds v_<Class>_gNN_cNN.avi at any depth. The official splits are a rule: fold k tests on groups 7k-6 to 7k
-    (lists that say otherwise are refused). Validation is a tenth of the training groups, since the clips of a group
-    are cut from one video. Flow is TV-L1 where there are pictures of it (see find_flow), else it is computed."""
-    tested = range(7 * fold - 6, 7 * fold + 1)
-    for path in find_files(raw, f"list{fold:02d}.txt"):
-        for stem, _, group in re.findall(UCF_ID.pattern + r"\.avi", path.read_text()):  # not the lists for detection
-            if (int(group) in tested) != path.stem.startswith("test"):
-                raise DataError(f"{path} and the official split of {stem} differ: move the list away")
-    paths = {path.stem: path for path in find_files(raw, ".avi") if UCF_ID.fullmatch(path.stem)}
-    if not paths:
+    `raw` holds v_<Class>_gNN_cNN.avi at any depth. The official splits are a rule, so that no lists are needed: fold
+    k tests on groups 7k-6 to 7k. Validation is a tenth of the training groups, since the clips of a group are cut
+    from one video. Flow is TV-L1 where there are pictures of it (see find_flow), else it is computed."""
+    found = {path.stem: path for path in find_files(raw, ".avi") if UCF_ID.fullmatch(path.stem)}
+    if not found:
         raise DataError(f"{raw} holds no UCF-101: no v_<Class>_gNN_cNN.avi (a .rar or .zip has to be unpacked)")
+    classes = sorted({UCF_ID.fullmatch(stem)[1] for stem in found}, key=str.lower)
     flow = find_flow(raw)
-    classes = sorted({UCF_ID.fullmatch(stem)[2] for stem in paths}, key=str.lower)
     clips = []
-    for stem, path in sorted(paths.items()):
-        match = UCF_ID.fullmatch(stem)
-        split = "test" if int(match[3]) in tested else "train"
+    for stem, path in sorted(found.items()):
+        name, group = UCF_ID.fullmatch(stem).groups()
+        split = "test" if (int(group) - 1) // 7 == fold - 1 else "train"
         moves = flow.get(stem.lower(), raw / "u" / stem) if flow else path
-        clips.append(Clip(stem, classes.index(match[2]), split, {"flow": moves, "visual": path}))
+        clips.append(Clip(stem, classes.index(name), split, {"flow": moves, "visual": path}))
     draw_splits(clips, test=0, unit=lambda clip: clip.id[:-4])
     source = "TV-L1, from the pictures in the raw folder" if flow else DIS
     specs = {"flow": flow_spec(frames, size, keep, flow=source), "visual": frames_spec(frames, size, keep)}
@@ -309,89 +293,91 @@ def find_flow(raw):
     """{clip in lower case: folder} of precomputed flow: <clip>/flow_x*.jpg and flow_y*.jpg, or, with u's folder
     named, u/<clip>/*.jpg and v/<clip>/*.jpg, in which there may be folders of classes. Half of it is an error."""
     found = {"u": {}, "v": {}}
-    for folder, _, names in os.walk(raw, followlinks=True):
-        path = Path(folder)
-        if UCF_ID.fullmatch(path.name):
-            for axis, prefix in ("u", "flow_x"), ("v", "flow_y"):
-                if axis in path.parts[-3:-1] or any(name.startswith(prefix) for name in names):
-                    found[axis][path.name.lower()] = path
+    for name in glob.iglob("**/v_*_g*_c*/", root_dir=raw, recursive=True):
+        folder = Path(raw, name)
+        for axis, files in ("u", "flow_x*"), ("v", "flow_y*"):
+            if axis in folder.parts[-3:-1] or any(folder.glob(files)):
+                found[axis][folder.name.lower()] = folder
     if bool(found["u"]) != bool(found["v"]):
         raise DataError(f"{raw} holds half of the optical flow, u or v: unpack all parts, or move it away")
     return found["u"]
 
 
 FILE_TYPES = {
-    "video": ".mp4 .avi .mkv .webm .mov .flv .m4v .mpg .mpeg .wmv".split(),
-    "picture": ".png .jpg .jpeg .bmp .webp .tif .tiff .gif".split(),
-    "sound": ".wav .mp3 .flac .ogg .opus .m4a .aac".split(),
-    "features": [".npy"],
+    "video": (".mp4", ".avi", ".mkv", ".webm", ".mov", ".flv", ".m4v", ".mpg", ".mpeg", ".wmv"),
+    "picture": (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"),
+    "sound": (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac"),
+    "features": (".npy",),
 }
+
+
+def file_type(path):
+    """One of FILE_TYPES, or None."""
+    return next((kind for kind, suffixes in FILE_TYPES.items() if str(path).lower().endswith(suffixes)), None)
 
 
 def own_data(table, frames=2, keep=1, size=224, seconds=3.0):
     """Your own clips from a CSV -> (clips, classes, specs).
     It has a column `label`, and may have `split` (train, val or test; else 80 / 10 / 10 per cent are drawn, every
     label in its share), `group` (clips of a group then stay together) and `id`. Every other column is a modality and
-    holds files, relative to the CSV: a video becomes frames, a picture one frame, a sound its fbank, a .npy of (T,
-    D) or (D,) numbers a feature sequence; a video in a column `audio` becomes sound, in one called `flow` optical
-    flow."""
+    holds files, relative to the CSV: a video becomes frames, a picture one frame, a sound its fbank, a .npy of (T, D)
+    or (D,) numbers a feature sequence; a video in a column `audio` becomes sound, in one called `flow` flow."""
     rows, types = read_table(table)
-    classes = sorted({row["label"] for row in rows})
+    classes = sorted(set(rows["label"]))
     clips = []
-    for row in rows:
+    for row in rows.to_dict("records"):
         files = {m: table.parent / row[m] for m in types}
         clips.append(Clip(row["id"], classes.index(row["label"]), split_of(row.get("split", "train")), files))
-    if "split" in rows[0]:
+    if "split" in rows:
         complete_splits(clips)
     else:
-        groups = {row["id"]: row.get("group", row["id"]) for row in rows}
+        groups = dict(zip(rows["id"], rows.get("group", rows["id"])))
         draw_splits(clips, unit=lambda clip: groups[clip.id])
-    sound = fbank_spec(128, seconds)
-    made = {"video": frames_spec(frames, size, keep), "picture": frames_spec(1, size), "sound": sound,
-            ("video", "audio"): sound, ("video", "flow"): flow_spec(frames, size, keep, flow=DIS)}  # fmt: skip
     specs = {}
     for m, kind in types.items():
-        specs[m] = sequence_spec(clips, m) if kind == "features" else made.get((kind, m), made[kind])
+        if kind == "features":
+            specs[m] = sequence_spec(clips, m)
+        elif kind == "picture":
+            specs[m] = frames_spec(1, size)
+        elif kind == "sound" or m == "audio":
+            specs[m] = fbank_spec(128, seconds)
+        elif m == "flow":
+            specs[m] = flow_spec(frames, size, keep, flow=DIS)
+        else:
+            specs[m] = frames_spec(frames, size, keep)
     return clips, classes, specs
 
 
 def read_table(table):
-    """The CSV's rows, each with an id, and {modality: type of its files}; a wrong row is an error that names its
-    line."""
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        rows = {reader.line_num: row for row in reader}
-        columns = reader.fieldnames or []
-    types = {m: None for m in columns if m not in ("label", "split", "group", "id")}
-    if "label" not in columns or not types or not rows:
+    """The CSV's rows, each with an id, and {modality: type of its files}; a wrong row is named by its line."""
+    cells = pd.read_csv(table, header=None, dtype=str, keep_default_na=False, skip_blank_lines=False)
+    rows = cells[1:].set_axis(cells.loc[0].tolist(), axis=1)
+    rows.index += 1  # its line
+    rows = rows[(rows != "").any(axis=1)]
+    modalities = [m for m in rows if m not in ("label", "split", "group", "id")]
+    if "label" not in rows or not modalities or rows.empty or not rows.columns.is_unique:
         raise DataError(f"{table} takes a line of column names, label and one per modality, with commas between them, "
-                        f"and a row per clip; it has {len(rows)} rows and the columns {columns}")  # fmt: skip
-    for m in types:  # the name becomes a file's, a flag's and a module's
-        taken = m == "labels" or columns.count(m) > 1 or hasattr(torch.nn.ModuleDict, m)
-        if taken or not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", m):
+                        f"and a row per clip; it has {len(rows)} rows and the columns {list(rows)}")  # fmt: skip
+    for m in modalities:  # the name becomes a file's, a flag's and a module's
+        if m == "labels" or hasattr(torch.nn.ModuleDict, m) or not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", m):
             raise DataError(f"{table}: a modality cannot be called {m!r}: give the column another name")
-    ids = set()
-    for line, row in rows.items():
-        at = f"{table}, line {line}"
-        if len(row) > len(columns) or not all(row.values()):
-            raise DataError(f"{at}: not exactly one value for each of {', '.join(columns)}")
-        if not split_of(row.get("split", "train")):
-            raise DataError(f"{at}: split is train, val or test, not {row['split']}")
-        row.setdefault("id", f"line {line}")
-        if row["id"] in ids:
-            raise DataError(f"{at}: there is a clip {row['id']} already")
-        ids.add(row["id"])
-        for m in types:
-            kinds = [kind for kind, suffixes in FILE_TYPES.items() if Path(row[m]).suffix.lower() in suffixes]
-            types[m] = types[m] or kinds
-            if not kinds or kinds != types[m]:
-                raise DataError(f"{at}: {row[m]} is no video, picture, sound or .npy file, or not what {m} began with")
-    return list(rows.values()), {m: kinds[0] for m, kinds in types.items()}
+    if "id" not in rows:
+        rows = rows.assign(id=[f"line {line}" for line in rows.index])
+    kinds = rows[modalities].map(file_type)
+    problems = {"has an empty cell": (rows == "").any(axis=1), "has the id of another clip": rows["id"].duplicated()}
+    if "split" in rows:
+        problems["is in a split other than train, val or test"] = rows["split"].map(split_of).isna()
+    for m in modalities:
+        problems[f"has no video, picture, sound or .npy file in {m}, or not what {m} begins with"] = (
+            kinds[m].isna() | (kinds[m] != kinds[m].iloc[0]))  # fmt: skip
+    for problem, wrong in problems.items():
+        if wrong.any():
+            raise DataError(f"{table}, line {wrong.idxmax()} {problem}: {', '.join(rows.loc[wrong.idxmax()])}")
+    return rows, kinds.iloc[0].to_dict()
 
 
 def sequence_spec(clips, m):
-    """The longest length and the width of a modality's .npy files, and the training set's statistics of the
-    features."""
+    """The longest length and the width of a modality's .npy files, and the training set's statistics."""
     arrays = []
     for clip in clips:
         with suppress(Exception):  # a broken file is skipped, with its reason, when it is prepared
@@ -411,9 +397,8 @@ def statistics(x):
     """Mean and deviation of each feature of (n, D) numbers over what is finite; that of a constant is 1."""
     finite = np.isfinite(x)
     x = np.where(finite, x, 0).astype(np.float64)
-    mean = x.mean(0, where=finite)
     std = x.std(0, where=finite)
-    return np.nan_to_num(mean), np.where(std > 1e-6, std, 1)
+    return np.nan_to_num(x.mean(0, where=finite)), np.where(std > 1e-6, std, 1)
 
 
 def standardise(x, present, mean, std):
@@ -431,53 +416,44 @@ class PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if f"{module}.{name}" not in self.ALLOWED:
-            raise DataError(f"the pickle asks for {module}.{name}, which is no plain data: it was not loaded")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no plain data")
         return super().find_class(module, name)
 
 
-MOSI_SHA256 = {
-    "aligned_50.pkl": "d3994fd25681f9c7ad6e9c6596a6fe9b4beb85ff7d478ba978b124139002e5f9",
-    "unaligned_50.pkl": "78e0f8b5ef8ff71558e7307848fc1fa929ecb078203f565ab22b9daab2e02524",
-}
+MOSI_SHA256 = "d3994fd25681f9c7ad6e9c6596a6fe9b4beb85ff7d478ba978b124139002e5f9"  # of aligned_50.pkl
 
 
-def prepare_mosi(raw, out="prepared"):
+def prepare_mosi(raw, folder):
     """CMU-MOSI from one pickle in MMSA's or MultiBench's layout: text, audio and vision as (N, T, D).
     What is not finite becomes the mean; every feature is standardised with the training set's statistics over what
     is not padding; padding is exactly 0. Two classes: sentiment < 0, and >= 0."""
     if not raw.is_file():
         raise DataError(f"--raw {raw} is no file: it takes the pickle itself, as aligned_50.pkl")
     content = raw.read_bytes()
-    if hashlib.sha256(content).hexdigest() != MOSI_SHA256.get(raw.name, hashlib.sha256(content).hexdigest()):
+    if raw.name == "aligned_50.pkl" and hashlib.sha256(content).hexdigest() != MOSI_SHA256:
         print(f"warning: {raw} is not the {raw.name} that MMSA publishes: its SHA-256 is another", file=sys.stderr)
-    folder = Path(out) / "mosi"
     specs = {}
     arrays = {}  # {file: array}
     ids = {}
+    scale = {}  # {modality: mean and deviation over the training set}
     try:
         pickled = PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
-        parts = {"train": pickled["train"], "val": pickled["valid"], "test": pickled["test"]}
-        for m in "text", "audio", "vision":
-            features = {s: np.asarray(part[m], np.float32) for s, part in parts.items()}  # (N, T, D)
-            present = {s: is_present(features[s], m, part) for s, part in parts.items()}  # (N, T)
-            mean, std = statistics(features["train"][present["train"]])
-            for s, x in features.items():
-                arrays[f"{s}/{m}.npy"] = standardise(x, present[s], mean, std)
-            specs[m] = {"kind": "sequence", "shape": list(x.shape[1:]), "dtype": "float32"}
-        for s, part in parts.items():
-            score = np.float32(part.get("regression_labels", part.get("labels"))).reshape(len(part["text"]), -1)[:, 0]
-            arrays[f"{s}/labels.npy"] = np.where(np.isfinite(score), score >= 0, -1)
-            ids[s] = [str(i) for i in np.reshape(part.get("id", range(len(score))), (len(score), -1))[:, 0]]
-    except DataError:
-        raise
+        for split, part in ("train", pickled["train"]), ("val", pickled["valid"]), ("test", pickled["test"]):
+            for m in "text", "audio", "vision":
+                x = np.asarray(part[m], np.float32)  # (N, T, D)
+                present = is_present(x, m, part)  # (N, T)
+                scale.setdefault(m, statistics(x[present]))
+                arrays[f"{split}/{m}"] = standardise(x, present, *scale[m])
+                specs[m] = {"kind": "sequence", "shape": list(x.shape[1:]), "dtype": "float32"}
+            score = np.float32(part.get("regression_labels", part.get("labels"))).reshape(len(x), -1)[:, 0]
+            arrays[f"{split}/labels"] = np.where(np.isfinite(score), score >= 0, -1)
+            ids[split] = [str(i) for i in np.reshape(part.get("id", range(len(x))), (len(x), -1))[:, 0]]
     except Exception as error:  # what is no pickle of MOSI can be wrong in any way
-        hint = f"not CMU-MOSI as MMSA or MultiBench lay it out, or not whole ({error!r})"
-        if content.startswith((b"version https://git-lfs", b"<", b"\n<")):
-            hint = "a git-lfs stub or a web page saved in place of the file: download it anew, as the README says"
-        raise DataError(f"{raw} is {hint}") from None
+        raise DataError(f"{raw} is not CMU-MOSI as MMSA or MultiBench lay it out, but damaged, or a web page or "
+                        f"git-lfs stub saved in its place ({error!r}): download it anew") from None  # fmt: skip
     for name, array in arrays.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / name, partial(np.save, arr=array))
+        write_atomically(folder / f"{name}.npy", partial(np.save, arr=array))
     write_json(folder / "manifest.json", {"dataset": "mosi", "options": {"raw": raw.name}, "modalities": specs,
                "classes": ["negative", "non-negative"], "splits": ids, "skipped": []})  # fmt: skip
     return folder
@@ -487,7 +463,7 @@ def is_present(x, modality, part):
     """Which steps of (N, T, D) are no padding, (N, T) bool: by the pickle's lengths or mask, else the non-zero ones."""
     if f"{modality}_lengths" in part:
         return np.arange(x.shape[1]) < np.reshape(part[f"{modality}_lengths"], (-1, 1))
-    if modality == "text" and np.ndim(part.get("text_bert")) == 3:  # (N, 3, T): ids, mask, segments
+    if modality == "text" and "text_bert" in part:  # (N, 3, T): ids, mask, segments
         return np.asarray(part["text_bert"])[:, 1] != 0
     return x.any(-1)
 
@@ -495,7 +471,8 @@ def is_present(x, modality, part):
 def demo(raw, clips=2100, seed=0):
     """The miniature CREMA-D: written to `raw` as real files, then listed and read as CREMA-D is.
     1,000 / 300 / 800 clips at the default size; one frame of 32 x 32 pixels, 32 mel bands, 1.2 s."""
-    drawn = cremad_clips(raw, sorted(make_demo(raw, clips, seed)), {}, {})
+    names = sorted(make_demo(raw, clips, seed))
+    drawn = [cremad_clip(i, raw / f"AudioWAV/{i}.wav", raw / f"VideoFlash/{i}.flv") for i in names]
     draw_splits(drawn, 300 / 2100, 800 / 2100)
     return drawn, EMOTIONS, {"audio": fbank_spec(32, 1.2, shift=50.0), "visual": frames_spec(1, 32)}
 
@@ -542,24 +519,23 @@ def middles(length, count):
 
 def open_media(path):
     """Open a file with FFmpeg; a title that is no Unicode does not make it a bad one."""
-    options = {}
-    if path.suffix == ".wav":  # FFmpeg would probe it for coded sound in disguise: ten times as long as reading it
-        options["probesize"] = "4096"
-    if av.__version__ < "19":  # from there on it replaces what it cannot decode by itself
+    # FFmpeg would probe a .wav for coded sound in disguise: ten times as long as reading it
+    options = {"probesize": "4096"} if path.suffix == ".wav" else {}
+    try:
         return av.open(str(path), options=options, metadata_errors="replace")
-    return av.open(str(path), options=options)
+    except TypeError:  # from PyAV 19 on it does so by itself
+        return av.open(str(path), options=options)
 
 
 def is_stub(path):
     """Whether a file is git-lfs's placeholder: what a clone without git-lfs holds in place of media."""
-    with open(path, "rb") as file:
-        return file.read(40).startswith(b"version https://git-lfs.github.com/spec")
+    return path.is_file() and path.stat().st_size < 200 and path.read_bytes().startswith(b"version https://git-lfs")
 
 
 def read_frames(path, spec):
     """Frames at the middles of equal parts of a clip, squeezed to squares: (count * keep, size, size, 3) uint8."""
     size = spec["size"]
-    if path.suffix.lower() in FILE_TYPES["picture"]:  # one frame, turned as its camera says
+    if file_type(path) == "picture":  # one frame, turned as its camera says
         with Image.open(path) as picture:
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB").resize((size, size)))[None]
     # one thread: for one picture, starting several takes ten times as long as the work
@@ -568,65 +544,48 @@ def read_frames(path, spec):
 
 def pick_frames(path, spec, pairs=False):
     """The decoded frames at the middles of count * keep equal parts of a video; in pairs, each with the next one.
-    Packets are cheap to read and dear to decode: all are read, so that the length is known even where the container
-    does not tell it, and decoding begins at the last keyframe before each frame that is wanted."""
+    All packets are read, which is cheap: the length is then known even where the container does not tell it."""
     with open_media(path) as container:
         if not container.streams.video:
-            raise BadClip(f"{path.name}: no picture")
+            raise BadClip("no picture")
         stream = container.streams.video[0]
         packets = [p for p in container.demux(stream) if p.size]
         length = sum(not p.is_discard for p in packets)  # the edit list of an MP4 may hide some
         if length <= pairs:
-            raise BadClip(f"{path.name}: {length} frames")
+            raise BadClip(f"{length} frames")
         if len(packets) < 0.9 * stream.frames:
-            raise BadClip(f"{path.name}: truncated, {length} of {stream.frames} frames are there")
+            raise BadClip(f"truncated, {length} of {stream.frames} frames are there")
         if not stream.frames and container.duration:  # Flash tells no number of frames, but how long it lasts
             there = max(p.pts or 0 for p in packets) * stream.time_base
             if 2 * there + 0.5 < container.duration / av.time_base:
-                raise BadClip(f"{path.name}: truncated after {float(there):.1f} s")
+                raise BadClip(f"truncated after {float(there):.1f} s")
         if "longest" in spec and stream.average_rate:
             length = min(length, max(1, round(spec["longest"] * stream.average_rate)))
         wanted = middles(length, spec["count"] * spec["keep"])
         if pairs:
             wanted = [min(i, length - 2) + step for i in wanted for step in (0, 1)]
-        frames = decode(stream.codec_context, packets, wanted, find_entries(packets, container.format.name))
+        frames = decode(stream.codec_context, packets, wanted)
     for i in wanted:
         if i not in frames:
-            raise BadClip(f"{path.name}: broken, frame {i} of {length} cannot be decoded")
+            raise BadClip(f"broken, frame {i} of {length} cannot be decoded")
     return [frames[i] for i in wanted]
 
 
-def find_entries(packets, container):
-    """{number of the frame that is shown first: packet} where decoding can begin.
-    That is at a keyframe when all packets before it are shown before it, and all after it later: then the first
-    frame out of the decoder is the keyframe's own number. (AVI stores no such times.)"""
-    entries = {0: 0}
-    times = [p.pts for p in packets]
-    if container == "avi" or None in times:
-        return entries
-    latest = np.maximum.accumulate(times)  # of all packets so far
-    earliest = np.minimum.accumulate(times[::-1])[::-1]  # of all packets from here
-    shown = 0
-    for k in range(1, len(packets)):
-        shown += not packets[k - 1].is_discard
-        if packets[k].is_keyframe and latest[k - 1] < earliest[k] == times[k]:
-            entries[shown] = k
-    return entries
-
-
-def decode(codec, packets, wanted, entries):
-    """{i: frame} for the frames `wanted`, counted in the order in which they are shown."""
+def decode(codec, packets, wanted):
+    """{i: frame} for the frames `wanted`, counted in the order in which they are shown. Where that is the order of the
+    packets, decoding begins at the last keyframe before each."""
     codec.thread_count = 1  # it is the clips that are read in parallel
+    times = [-1 if p.is_discard or p.pts is None else p.pts for p in packets]
+    in_order = codec.name != "mpeg4" and all(np.diff(times) > 0)  # an AVI's times tell nothing of B-frames
+    keys = [k for k, p in enumerate(packets) if k == 0 or in_order and p.is_keyframe]
     packets = [*packets, None]  # None: what is still in the decoder comes out
     frames = {}
-    shown = 0  # frames out of the decoder
-    fed = 0  # packets into it
+    shown = fed = 0  # frames out of the decoder, packets into it
     for i in sorted(set(wanted)):
-        entry = max(e for e in entries if e <= i)
-        if entries[entry] > fed:
+        key = max(k for k in keys if k <= i)
+        if key > fed:
             codec.flush_buffers()
-            shown = entry
-            fed = entries[entry]
+            shown = fed = key
         while shown <= i and fed < len(packets):
             for frame in codec.decode(packets[fed]):
                 frames[shown] = frame
@@ -637,11 +596,12 @@ def decode(codec, packets, wanted, entries):
 
 def read_flow(source, spec):
     """Optical flow at the middles of equal parts, (count * keep, size, size, 2) uint8: 128 is none, 255 is 20 pixels.
-    `source` is a folder of precomputed pictures (see find_flow); or a video, whose flow from one frame to the next
-    is then computed by OpenCV's DIS (Kroeger et al. 2016), in milliseconds where TV-L1 takes seconds."""
+    `source` is a folder of pictures (see find_flow), or a video, for OpenCV's DIS (Kroeger et al. 2016)."""
+    axes = []  # u, v, u, v, ...
     if source.is_dir():
         u, v = flow_pictures(source)
-        fields = [(Image.open(u[i]), Image.open(v[i])) for i in middles(len(u), spec["count"] * spec["keep"])]
+        for i in middles(len(u), spec["count"] * spec["keep"]):
+            axes += [Image.open(u[i]), Image.open(v[i])]
     else:
         import cv2
 
@@ -650,18 +610,16 @@ def read_flow(source, spec):
         # one thread: from PyAV 19 on more would hang a process forked later; a copy: OpenCV takes no padded rows
         grey = [f.reformat(format="gray", threads=1).to_ndarray() for f in pick_frames(source, spec, pairs=True)]
         grey = [np.ascontiguousarray(picture) for picture in grey]
-        fields = []
         for first, second in zip(grey[::2], grey[1::2]):
-            move = dis.calc(first, second, None).transpose(2, 0, 1)  # (2, H, W) in pixels
-            field = np.uint8(np.clip(128 + move * (127 / 20), 0, 255).round())
-            fields.append([Image.fromarray(axis) for axis in field])
+            move = 128 + dis.calc(first, second, None) * (127 / 20)  # (H, W, 2)
+            axes += map(Image.fromarray, np.uint8(np.clip(move, 0, 255).round()).transpose(2, 0, 1))
     size = (spec["size"], spec["size"])
-    flow = [axis.convert("L").resize(size, Image.BILINEAR) for field in fields for axis in field]
-    return np.stack(flow).reshape(-1, 2, *size).transpose(0, 2, 3, 1)
+    flow = np.stack([axis.convert("L").resize(size, Image.BILINEAR) for axis in axes])
+    return flow.reshape(-1, 2, *size).transpose(0, 2, 3, 1)
 
 
 def flow_pictures(folder):
-    """The pictures of u and of v: flow_x* and flow_y* in one folder, or those of u/.../<clip> and v/.../<clip>."""
+    """The pictures of u and of v, in either layout."""
     u = sorted(folder.glob("flow_x*.jpg"))
     v = sorted(folder.glob("flow_y*.jpg"))
     if not u:
@@ -669,7 +627,7 @@ def flow_pictures(folder):
         u = sorted(folder.glob("*.jpg"))
         v = sorted(Path(twin).glob("*.jpg"))
     if not u or len(u) != len(v):
-        raise BadClip(f"{folder.name}: {len(u)} pictures of flow in u, {len(v)} in v")
+        raise BadClip(f"{len(u)} pictures of flow in u, {len(v)} in v")
     return u, v
 
 
@@ -677,17 +635,12 @@ def read_sound(path, rate=16000):
     """A file's sound as mono float32 in [-1, 1] at `rate` samples a second: (samples,)."""
     with open_media(path) as container:
         if not container.streams.audio:
-            raise BadClip(f"{path.name}: no sound")
-        codec = container.streams.audio[0].codec_context
-        frames = container.decode(audio=0)
-        if (codec.rate, codec.channels, codec.format.name) == (rate, 1, "s16"):  # nothing to resample
-            chunks = [frame.to_ndarray()[0] / np.float32(32768) for frame in frames]
-        else:
-            resampler = av.AudioResampler(format="fltp", rate=rate)
-            parts = [part for frame in frames for part in resampler.resample(frame)]
-            chunks = [part.to_ndarray().mean(0) for part in parts + resampler.resample(None)]
+            raise BadClip("no sound")
+        resampler = av.AudioResampler(format="fltp", rate=rate)
+        parts = [part for frame in container.decode(audio=0) for part in resampler.resample(frame)]
+        chunks = [part.to_ndarray().mean(0) for part in parts + resampler.resample(None)]
     if sum(map(len, chunks)) < 400:  # less than one window of 25 ms
-        raise BadClip(f"{path.name}: no sound")
+        raise BadClip("no sound")
     return np.concatenate(chunks)
 
 
@@ -707,7 +660,7 @@ def open_features(path):
     """A .npy file of (T, D) or (D,) numbers, as (T, D)."""
     x = np.load(path, mmap_mode="r")
     if x.dtype.kind not in "fiu" or x.ndim not in (1, 2) or not x.size:
-        raise BadClip(f"{path.name}: {x.dtype} of shape {x.shape}, where (T, D) or (D,) numbers are wanted")
+        raise BadClip(f"{x.dtype} of shape {x.shape}, where (T, D) or (D,) numbers are wanted")
     return np.atleast_2d(x)
 
 
@@ -716,42 +669,57 @@ def read_features(path, spec):
     x = open_features(path)
     padded = np.zeros(spec["shape"], np.float32)
     if x.shape[1] != padded.shape[1]:
-        raise BadClip(f"{path.name}: {x.shape[1]} features, where the others have {padded.shape[1]}")
+        raise BadClip(f"{x.shape[1]} features, where the others have {padded.shape[1]}")
     padded[: len(x)] = standardise(x, x.any(-1), spec["mean"], spec["std"])
     return padded
 
 
-READERS = {
-    "frames": read_frames,
-    "flow": read_flow,
-    "fbank": lambda path, spec: fbank(read_sound(path), spec),
-    "sequence": read_features,
-}
+def read_fbank(path, spec):
+    return fbank(read_sound(path), spec)
+
+
+READERS = {"frames": read_frames, "flow": read_flow, "fbank": read_fbank, "sequence": read_features}
 
 
 # --- 3  Preparing: on all cores, in place, and resuming where it was stopped ---
 
 MAX_BAD = {"kinetics": 50.0}  # many of its clips are gone
-LIMITS = {"frames": (1, 1000), "keep": (1, 99), "size": (1, 4096), "seconds": (0.025, 3600), "fold": (1, 3),
-          "clips": (1, 3456), "seed": (0, 2**32), "workers": (1, 1000), "max_bad": (0, 100)}  # fmt: skip
+OPTIONS = {  # what they mean, and how far numbers may go
+    "frames": ("frames per clip, at the middles of equal segments", 1, 1000),
+    "keep": ("frames kept of each segment, for --augment to draw from; odd, so that one is the middle", 1, 99),
+    "size": ("pixels of a side", 1, 4096),
+    "seconds": ("length of the sound; 10.24 gives the official code's 1,024 frames", 0.025, 3600),
+    "split": ("clips: at random over clips; actors: whole actors held out",),
+    "split_dir": ("folder of the split lists that circulate",),
+    "fold": ("which of the three official splits", 1, 3),
+    "clips": ("how many clips are drawn", 1, 3456),
+    "seed": ("of the drawing", 0, 2**32),
+    "workers": ("processes", 1, 1000),
+    "max_bad": ("per cent of clips that may be unusable", 0, 100),
+}
 
 
 def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **options):
-    """Turn a raw download, or the files of a CSV, into `out`/`name`; `options` are the keyword arguments of its lister.
-    Every clip has its row in arrays that are made at full size first; workers write rows in place, and a journal
-    says which are safely on disk. Stopped at any moment, the same call resumes, and the arrays come out the same
-    byte for byte. Raises DataError for all that the user can mend, among it more than `max_bad` per cent of clips
-    that cannot be used (default MAX_BAD, else 5). Returns the folder."""
+    """Turn a raw download, or the files of a CSV, into `out`/`name` -> that folder. `options` are its lister's keyword
+    arguments. Every clip has its row in arrays that are made at full size first; workers write rows in place, and a
+    journal says which are safely on disk: stopped at any moment, the same call resumes, with the same result. Raises
+    DataError for all that the user can mend, among it more than `max_bad` per cent of bad clips (MAX_BAD, else 5)."""
     folder = Path(out) / name
     raw = Path(raw or folder / "raw")
-    if name == "mosi" and raw.suffix != ".csv":
-        return prepare_mosi(raw, out)
-    lister = find_lister(name, raw)
+    own = raw.suffix.lower() == ".csv"
+    if own == (name in LISTERS or name == "mosi") or not re.fullmatch(r"\w[\w.-]*", name):
+        raise DataError(f"{raw} cannot be called {name!r}: a dataset is {', '.join(LISTERS)}, mosi, or another .csv")
+    if name == "mosi":
+        return prepare_mosi(raw, folder)
+    lister = own_data if own else LISTERS[name]
     options = {**default_options(lister), **options}
     max_bad = MAX_BAD.get(name, 5.0) if max_bad is None else max_bad
-    check_limits({**options, "workers": workers or 1, "max_bad": max_bad})
-    recorded = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
-    if lister is own_data:  # an edited table makes another dataset
+    for k, value in {**options, "workers": workers or 1, "max_bad": max_bad}.items():
+        meaning, *limits = OPTIONS[k]
+        if limits and not limits[0] <= value <= limits[1] or k == "keep" and value % 2 == 0:
+            raise DataError(f"--{k.replace('_', '-')} ({meaning}) goes from {limits[0]} to {limits[1]:,}, not {value}")
+    recorded = json.loads(json.dumps(options, default=str))
+    if own:  # an edited table makes another dataset
         recorded["csv"] = hashlib.sha256(raw.read_bytes()).hexdigest()[:12]
     for made in folder / "manifest.json", folder / "plan.json":
         before = read_json(made)["options"] if made.exists() else recorded
@@ -765,72 +733,46 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
         clips, classes, specs = lister(raw, **options)
     except (KeyError, IndexError, TypeError, ValueError, csv.Error) as error:
         raise DataError(f"the lists that say which clips there are cannot be understood: {error!r}") from error
-    splits = {split: [clip for clip in clips if clip.split == split] for split in ("train", "val", "test")}
-    check_files(name, raw, splits)
+    splits = {split: [clip for clip in clips if clip.split == split] for split in SPLITS}
+    check_files(folder, raw, splits)
     ids = {split: [clip.id for clip in mine] for split, mine in splits.items()}
     plan = {"dataset": name, "options": recorded, "classes": classes, "modalities": specs, "splits": ids}
     if (folder / "plan.json").exists() and read_json(folder / "plan.json") != plan:
         raise DataError(f"{folder} was begun with other clips than {raw} holds now: delete it to begin again")
-    jobs = [(clip, row) for mine in splits.values() for row, clip in enumerate(mine)]
-    bad = prepare_clips(folder, plan, jobs, workers, max_bad)
+    bad = prepare_clips(folder, plan, splits, workers, max_bad)
 
-    skipped = {clip for _, clip, _ in bad}
+    skipped = {i for _, i, _ in bad}
     for split, mine in splits.items():
         labels = np.array([-1 if clip.id in skipped else clip.label for clip in mine], np.int64)
         write_atomically(folder / split / "labels.npy", partial(np.save, arr=labels))
     write_json(folder / "manifest.json", {**plan, "skipped": sorted(bad)})
-    (folder / "journal.txt").unlink(missing_ok=True)
+    (folder / "journal.txt").unlink()
     (folder / "plan.json").unlink()
     return folder
-
-
-def find_lister(name, raw):
-    """The function that lists the clips of a dataset, or of a CSV; refuses what is no name for a dataset."""
-    if raw.suffix.lower() != ".csv" and name in LISTERS:
-        if name != "demo" and not raw.is_dir():
-            raise DataError(f"--raw {raw} is no folder")
-        return LISTERS[name]
-    if not raw.is_file():
-        raise DataError(f"no such file: {raw} (a dataset is {', '.join(LISTERS)}, mosi, or a CSV of your own)")
-    if name in (*LISTERS, "mosi") or not re.fullmatch(r"\w[\w.-]*", name):
-        raise DataError(f"a dataset of your own cannot be called {name!r}: give {raw} another name")
-    return own_data
 
 
 def default_options(lister):
     return {p.name: p.default for p in list(inspect.signature(lister).parameters.values())[1:]}
 
 
-def check_limits(options):
-    for k, (low, high) in LIMITS.items():
-        if not low <= options.get(k, low) <= high:
-            raise DataError(f"--{k.replace('_', '-')} is {low} to {high:,}, not {options[k]}")
-    if options.get("keep", 1) % 2 == 0:
-        raise DataError(f"--keep is odd, so that one frame is in the middle, not {options['keep']}")
-
-
-def check_files(name, raw, splits):
-    """Before any work: the media are no stubs, and every split has clips, of which the files are there."""
+def check_files(folder, raw, splits):
+    """Before any work: every split has clips, of which the files are there, and not as git-lfs stubs."""
     for split, clips in splits.items():
-        some = [path for clip in clips[:: len(clips) // 20 + 1] for path in clip.files.values() if path.is_file()]
-        if some and sum(map(is_stub, some)) >= len(some) / 2:
-            how = SOURCES.get(name, ("it", "where it came from"))[1]
-            raise DataError(f"{raw} holds git-lfs stubs in place of the media. In a clone of the mirror, this fetches "
-                            f"them:\n     git -C {raw} lfs pull -I 'AudioWAV/**,VideoFlash/**'\n"
-                            f"A clone from GitHub no longer can: get {how}")  # fmt: skip
-        there = sum(all(path.exists() for path in clip.files.values()) for clip in clips)
+        there = sum(all(path.exists() and not is_stub(path) for path in clip.files.values()) for clip in clips)
         if there <= 0.1 * len(clips):
-            raise DataError(f"{raw}: of {len(clips):,} clips in the {split} split {there} have their files there; is a "
-                            "part of the download, or a list of the splits, missing? Nothing was prepared")  # fmt: skip
+            what, source = SOURCES.get(folder.name, ("it whole", "all files"))
+            raise DataError(f"{raw}: of {len(clips):,} clips in the {split} split {there} have their files there, "
+                            "git-lfs stubs not counted; is a part of the download, or a list of the splits, missing? "
+                            f"Nothing was prepared. Get {what}: {source}")  # fmt: skip
 
 
-def prepare_clips(folder, plan, jobs, workers, max_bad):
-    """Do what is left to do of the jobs (clip, row) -> [[split, clip, why it was skipped]]."""
+def prepare_clips(folder, plan, splits, workers, max_bad):
+    """Do what is left to do -> [[split, clip, why it was skipped]]."""
     paths = make_arrays(folder, plan)
     journal = folder / "journal.txt"
-    done = set()  # a damaged line means that its clip is read once more
-    if journal.exists():
-        done = set(journal.read_text(errors="replace").split("\n")[:-1])
+    journal.touch()
+    done = set(journal.read_text(errors="replace").split("\n")[:-1])  # a clip of a damaged line is read again
+    jobs = [(clip, row) for clips in splits.values() for row, clip in enumerate(clips)]
     todo = [(clip, row) for clip, row in jobs if f"{clip.split} {row}" not in done]
     bad = []
     safe = []  # lines for the journal
@@ -841,12 +783,12 @@ def prepare_clips(folder, plan, jobs, workers, max_bad):
         with closing(results):
             for (clip, row), reason in progress:
                 if reason == "":
-                    safe.append(f"{clip.split} {row}")
+                    safe.append(f"{clip.split} {row}\n")
                 else:
                     bad.append([clip.split, clip.id, reason or "the process that read it crashed"])
                 if len(bad) > max_bad / 100 * len(jobs):
                     raise DataError(f"{len(bad)} of {len(jobs):,} clips cannot be used, more than --max-bad "
-                                    f"{max_bad:g} per cent; the last: {': '.join(bad[-1][1:])}")  # fmt: skip
+                                    f"{max_bad:g} per cent; the last: {', '.join(bad[-1][1:])}")  # fmt: skip
                 if time.monotonic() - saved > 2:
                     save_journal(journal, safe, paths)
                     saved = time.monotonic()
@@ -857,14 +799,14 @@ def prepare_clips(folder, plan, jobs, workers, max_bad):
 
 def prepare_clip(folder, specs, clip, row):
     """Read one clip and write its rows -> the reason why it cannot be used, or ''."""
-    try:
-        arrays = {m: read_file(clip.files[m], spec) for m, spec in specs.items()}
-    except BadClip as error:
-        return str(error)
-    except av.FFmpegError as error:
-        return f"{Path(error.filename or clip.id).name}: {error.strerror}"
-    except Exception as error:  # whatever one clip does, the others are prepared
-        return " ".join(f"{type(error).__name__}: {error}".split())
+    arrays = {}
+    for m, spec in specs.items():
+        try:
+            arrays[m] = read_file(clip.files[m], spec)
+        except Exception as error:  # whatever one clip does, the others are prepared
+            known = str(error) if isinstance(error, BadClip) else getattr(error, "strerror", None)
+            reason = known or f"{type(error).__name__}: {error}"
+            return f"{clip.files[m].name}: {' '.join(reason.split())}"
     for m, array in arrays.items():
         path = folder / clip.split / f"{m}.npy"
         offset = np.load(path, mmap_mode="r").offset
@@ -877,19 +819,18 @@ def prepare_clip(folder, specs, clip, row):
 def read_file(path, spec):
     """What the spec wants of one file, as it is stored."""
     if not path.exists():
-        raise BadClip(f"{path.parent.name}/{path.name}: missing")
-    if path.is_file() and is_stub(path):
-        raise BadClip(f"{path.name}: a git-lfs stub, never fetched")
+        raise BadClip("missing")
+    if is_stub(path):
+        raise BadClip("a git-lfs stub, never fetched")
     array = READERS[spec["kind"]](path, spec)
     if not np.isfinite(array).all():
-        raise BadClip(f"{path.name}: not finite")
+        raise BadClip("not finite")
     return array
 
 
 def in_parallel(work, jobs, workers=None):
     """Yield work(*job) for every job, in order, from a pool of processes: one per core, or `workers` of them.
-    When a process dies (a crash inside FFmpeg), the next jobs are done one at a time; the one it dies on yields
-    None."""
+    When a process dies (inside FFmpeg), the next jobs are done one at a time; the one it dies on yields None."""
     done = 0
     careful = 0  # up to here one at a time
     while done < len(jobs):
@@ -898,8 +839,7 @@ def in_parallel(work, jobs, workers=None):
         part = jobs[done:careful] if alone else jobs[done:]
         pool = ProcessPoolExecutor(size, initializer=start_worker)
         try:
-            # Python loses a Ctrl-C that comes while it forks: it is noted, and heeded when all workers are there
-            pressed = []
+            pressed = []  # Python loses a Ctrl-C that comes while it forks: it is heeded when all workers are there
             usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
             results = pool.map(work, *zip(*part), chunksize=1 if alone else 8)
             signal.signal(signal.SIGINT, usual)
@@ -932,37 +872,32 @@ def start_worker():
 def make_arrays(folder, plan):
     """Write the plan down and create its arrays at full size, once the disk is seen to hold them -> their paths."""
     wanted = {}  # {path: (dtype, shape)}
-    size = 0
     for split, ids in plan["splits"].items():
         for m, spec in plan["modalities"].items():
-            path = folder / split / f"{m}.npy"
-            wanted[path] = (spec["dtype"], (len(ids), *spec["shape"]))
-            size += np.dtype(spec["dtype"]).itemsize * math.prod(wanted[path][1])
-            if path.exists():
-                size -= getattr(path.stat(), "st_blocks", 0) * 512
+            wanted[folder / split / f"{m}.npy"] = (spec["dtype"], (len(ids), *spec["shape"]))
+    new = {path: array for path, array in wanted.items() if not path.exists()}
+    size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in new.values())
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if size > free:
         raise DataError(f"{folder} will take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
                         "give another --out, or a smaller --size")  # fmt: skip
     write_json(folder / "plan.json", plan)
-    for path, (dtype, shape) in wanted.items():
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            np.lib.format.open_memmap(path.with_suffix(".new"), "w+", dtype, shape)
-            os.replace(path.with_suffix(".new"), path)
+    for path, (dtype, shape) in new.items():
+        path.parent.mkdir(exist_ok=True)
+        np.lib.format.open_memmap(path.with_suffix(".new"), "w+", dtype, shape)
+        os.replace(path.with_suffix(".new"), path)
     return list(wanted)
 
 
 def save_journal(journal, safe, paths):
     """Flush the arrays to the disk first, and only then write down that the rows `safe` are there."""
-    if safe:
-        for path in paths:
-            with open(path, "r+b") as file:
-                os.fsync(file.fileno())
-        with open(journal, "a") as file:
-            file.writelines(line + "\n" for line in safe)
-            file.flush()
+    for path in [*paths, journal] if safe else []:
+        with open(path, "r+b") as file:
+            file.seek(0, os.SEEK_END)
+            if path == journal:
+                file.write("".join(safe).encode())
+                file.flush()
             os.fsync(file.fileno())
     safe.clear()
 
@@ -989,11 +924,10 @@ def read_json(path):
     """A plan or a manifest."""
     try:
         content = json.loads(path.read_text())
-        if not isinstance(content["options"], dict):
-            raise TypeError("no options")
-    except (ValueError, KeyError, TypeError) as error:
+        content["options"].keys()
+        return content
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path.parent} is damaged ({path.name}: {error}): delete it and prepare it again") from error
-    return content
 
 
 # --- 4  A prepared dataset: loading, batches, augmentation ---
@@ -1054,15 +988,11 @@ def open_arrays(name, folder, manifest, modalities=None):
         if not len(rows):
             raise DataError(f"{folder}/{split} holds no clip: see what manifest.json says was skipped")
         splits[split] = Split(arrays, specs, rows, labels[rows], [ids[row] for row in rows])
-    shapes = {m: sample_shape(spec) for m, spec in specs.items()}
+    shapes = {m: tuple(spec["shape"]) for m, spec in specs.items()}  # as `normalise` makes them
+    for m, spec in specs.items():
+        if "count" in spec:
+            shapes[m] = (spec["count"], spec["shape"][-1], spec["size"], spec["size"])
     return Dataset(**splits, classes=manifest["classes"], shapes=shapes)
-
-
-def sample_shape(spec):
-    """The shape of one sample as an encoder takes it: see `normalise`."""
-    if spec["kind"] in ("frames", "flow"):
-        return spec["count"], spec["shape"][-1], spec["size"], spec["size"]
-    return tuple(spec["shape"])
 
 
 def add_noise(dataset, modality, level):
@@ -1486,39 +1416,25 @@ def make_demo(raw, clips=2100, seed=0):
 
 # --- 6  Command line ---
 
-OPTIONS = {  # what the listers' arguments mean, for --help
-    "frames": "frames per clip, at the middles of equal segments",
-    "keep": "frames kept of each segment, for --augment to draw from; odd, so that one is the middle",
-    "size": "pixels of a side",
-    "seconds": "length of the sound; 10.24 gives the official code's 1,024 frames",
-    "split": "clips: at random over clips; actors: whole actors held out",
-    "split_dir": "folder of the split lists that circulate",
-    "fold": "which of the three official splits",
-    "clips": "how many clips are drawn",
-    "seed": "of the drawing",
-}
 
-
-def show(name, root="prepared", count=6):
-    """Draw training clips as they were prepared: frames, flow (u red, v green), spectrograms -> path of the picture."""
+def show(name, root="prepared"):
+    """Draw a training clip of each class as it was prepared, flow with u red and v green -> path of the picture."""
     import matplotlib.pyplot as plt
 
     dataset = load(name, root)
     split = dataset.train
-    panels = [(m, t) for m, spec in split.specs.items() for t in range(spec.get("count", 1) * spec.get("keep", 1))]
-    classes = np.unique(split.labels)[:count]
-    size = (2.2 * len(panels), 2.2 * len(classes))
-    figure, axes = plt.subplots(len(classes), len(panels), figsize=size, squeeze=False, layout="constrained")
-    for line, c in zip(axes, classes):
-        k = np.flatnonzero(split.labels == c)[0]
-        for axis, (m, t) in zip(line, panels):
-            x = split.arrays[m][split.rows[k]]
-            if split.specs[m]["kind"] in ("frames", "flow"):
-                axis.imshow(np.pad(x[t], ((0, 0), (0, 0), (0, 3 - x.shape[-1])), constant_values=128))
+    chosen = np.unique(split.labels, return_index=True)[1][:6]
+    size = (3 * len(split.arrays), 2 * len(chosen))
+    figure, axes = plt.subplots(len(chosen), len(split.arrays), figsize=size, squeeze=False, layout="constrained")
+    for line, k in zip(axes, chosen):
+        for axis, (m, array) in zip(line, split.arrays.items()):
+            x = array[split.rows[k]]
+            if x.ndim == 4:  # (T, H, W, C): the frames side by side
+                axis.imshow(np.pad(np.hstack(x), ((0, 0), (0, 0), (0, 3 - x.shape[-1])), constant_values=128))
             else:
                 axis.imshow(x.reshape(-1, x.shape[-1]), origin="lower", aspect="auto", cmap="magma")
-            axis.set(xticks=[], yticks=[], title=f"{m} {t + 1}")
-        line[0].set_ylabel(f"{dataset.classes[c]}\n{split.ids[k]}")
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"{m}, {split.ids[k]} ({dataset.classes[split.labels[k]]})", parse_math=False)
     path = Path(root) / name / "samples.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -1542,12 +1458,10 @@ def parse(words):
         if name not in ("demo", *tables):
             p.add_argument("--raw", type=Path, help="the download")
         if name != "mosi":
-            p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-            bad = MAX_BAD.get(name, 5.0)
-            p.add_argument("--max-bad", type=float, default=bad, help="per cent of clips that may be unusable")
-            for option, default in default_options(LISTERS.get(name, own_data)).items():
+            options = {"workers": os.cpu_count(), "max_bad": MAX_BAD.get(name, 5.0)}
+            for option, default in {**options, **default_options(LISTERS.get(name, own_data))}.items():
                 kind = str if default is None else type(default)
-                p.add_argument("--" + option.replace("_", "-"), type=kind, default=default, help=OPTIONS[option])
+                p.add_argument(f"--{option.replace('_', '-')}", type=kind, default=default, help=OPTIONS[option][0])
     args = vars(parser.parse_args(words))
     if tables:
         args["raw"] = Path(tables[0])
@@ -1567,7 +1481,7 @@ def main():
         prepare(**args)
         manifest = read_json(folder / "manifest.json")
     except (DataError, OSError) as error:
-        hint = "" if isinstance(error, DataError) else "; when that is mended, the same command resumes"
+        hint = "; when that is mended, the same command resumes" * isinstance(error, OSError)
         print(f"data.py: {error}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
