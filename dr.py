@@ -470,7 +470,8 @@ def ogm(model, inputs, labels, t, alpha=0.8, until=0.5, noise=False):
 
 def ogm_ge(model, inputs, labels, t):
     """OGM-GE: OGM, and noise on all encoders' gradients.
-    + N(0, std(grad)^2), tensor by tensor, before they are slowed. On several processes each draws its own, and the mean of it is smaller."""
+    + N(0, std(grad)^2), tensor by tensor, the std before they are slowed. On several processes each draws its own, and
+    the mean of it is smaller."""
     return ogm(model, inputs, labels, t, noise=True)
 
 
@@ -935,8 +936,8 @@ def resume(config, model, initial, optimiser):
         return [], None
     content, _ = read_checkpoint(path)
     if differ := ", ".join(differences(config, content["config"])):
-        raise data.DataError(f"{path} is of an unfinished run with another {differ}: finish that, delete its folder, or "
-                             "give this one another --name")  # fmt: skip
+        raise data.DataError(f"{path} is of an unfinished run with another {differ}: finish that, delete its folder, "
+                             "or give this one another --name")  # fmt: skip
     try:
         model.load_state_dict(content["model"])
         optimiser.load_state_dict(content["optimiser"])
@@ -978,7 +979,7 @@ def start_run(config, model, initial, dataset, history):
         print(f"  resumes after epoch {len(history) - 1} of {config.epochs - 1}")
 
 
-EPOCH = "epoch {epoch:3d}  loss {loss:.3f}  train {train:5.1f} %  val {val:5.1f} %  test {test:5.1f} %  {seconds:4.1f} s"
+EPOCH = "epoch {epoch:3d}  loss {loss:.3f}  train {train:5.1f} %  val {val:5.1f} %  test {test:5.1f} %  {seconds:.1f} s"
 SUMMARY = """
 {name}, on the test set                         accuracy    macro F1
   at the best validation epoch, {best_val[epoch]:<3}       {best_val[test]:14.1f} % {best_val[test_f1]:9.1f} %
