@@ -1116,8 +1116,6 @@ def expand(words, base):
         except (ValueError, KeyError):
             raise ValueError(f"--sweep takes words such as method=joint,dr or lam=1,2.5, not {word!r}") from None
     configs = [Config(**base | dict(zip(grid, values))) for values in itertools.product(*grid.values())]
-    if len({c.folder for c in configs}) < len(configs):
-        raise ValueError("--sweep would write two of its runs into the same folder")
     return [c for c in configs if not c.modalities or not why_undefined(c, c.modalities.count("+") + 1)]
 
 
@@ -1172,6 +1170,8 @@ def sweep(words, base, jobs=None, name=""):
     configs = expand(words, base)
     if not configs:
         raise data.DataError("no method of this sweep is defined for its modalities and its fusion")
+    if len({c.folder for c in configs}) < len(configs):
+        raise data.DataError("this sweep would write two of its runs into the same folder")
     for config in {c.dataset: c for c in configs}.values():
         load_dataset(config)  # the demo is made once; what is not there is missed here, not in every run
     run_all(configs, jobs)
