@@ -533,7 +533,7 @@ def mmpareto(model, inputs, labels, t, gamma=1.5):
 
 
 def dgl(model, inputs, labels, t, alpha=4.0):
-    """DGL (Wei et al., ICCV 2025): keeps the joint loss off the encoders.
+    """DGL (Wei et al., ICCV 2025): no joint loss on the encoders.
     loss = L(stopped features) + alpha * sum over m of L(z_m, zeros for the others; stopped head): the official two
     backward passes in one. alpha is the authors' default; they also clip the gradient's norm at 40."""
     features = model.features(inputs)
@@ -1117,8 +1117,6 @@ def expand(words, base):
         except (ValueError, KeyError):
             raise ValueError(f"--sweep takes words such as method=joint,dr or lam=1,2.5, not {word!r}") from None
     configs = [Config(**base | dict(zip(grid, values))) for values in itertools.product(*grid.values())]
-    if len({c.folder for c in configs}) < len(configs):
-        raise ValueError("--sweep would write two of its runs into the same folder")
     return [c for c in configs if not c.modalities or not why_undefined(c, c.modalities.count("+") + 1)]
 
 
@@ -1173,6 +1171,8 @@ def sweep(words, base, jobs=None, name=""):
     configs = expand(words, base)
     if not configs:
         raise data.DataError("no method of this sweep is defined for its modalities and its fusion")
+    if len({c.folder for c in configs}) < len(configs):
+        raise data.DataError("this sweep would write two of its runs into the same folder")
     for config in {c.dataset: c for c in configs}.values():
         load_dataset(config)  # the demo is made once; what is not there is missed here, not in every run
     run_all(configs, jobs)
@@ -1252,10 +1252,13 @@ def draw_sweep(runs, metrics, path, caption):
 def parse(arguments=None):
     """The command line -> (the fields of Config, what is none of them); ends the program on what is wrong."""
     methods = [f"  {name:<13} {RELEARNING.get(name, f).__doc__.splitlines()[0]}" for name, f in METHODS.items()]
-    presets = [f"  {name:<9} " + " ".join(f"{k} {v}" for k, v in p.items() if v) for name, p in PRESETS.items()]
+    presets = []
+    for name, preset in PRESETS.items():
+        words = [f"{k} {v}" for k, v in preset.items() if v and (preset is OFFICIAL or v != OFFICIAL[k])]
+        presets.append(f"  {name:<8} " + " ".join(words))
     parser = argparse.ArgumentParser(usage="python dr.py [--flag value ...]", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.epilog = "\n".join(["methods:", *methods, "", "presets; any other dataset has cremad's:", *presets])
+    parser.epilog = "\n".join(["methods:", *methods, "", "presets; what is not said is as for cremad, and so is any other dataset:", *presets])
     comments = dict(re.findall(r"    (\w+): .*  # (.*)", inspect.getsource(Config)))
     for f in fields(Config):
         default = "preset" if f.default is None else f.default

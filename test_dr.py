@@ -631,7 +631,7 @@ def test_mlbs_pace_is_its_formula(shapes):
         for name in plain:
             if f"encoders.{m}." in name:
                 expected[name] = plain[name] * k[m]
-    assert k["visual"] < 1 < k["audio"]
+    assert k["visual"] < 1 < max(k.values())
     assert_close(gradients(model, dr.mlb, inputs, labels), expected)
 
 
@@ -1007,7 +1007,7 @@ def test_a_runs_caption_makes_the_run(given):
 def test_every_flag_round_trips():
     assert dr.parse(["--augment"])[0]["augment"] is True
     assert dr.parse(["--no-augment"])[0]["augment"] is False
-    assert dr.Config(**dr.parse(["--no-augment", "--no-track-purity"])[0]) == dr.Config()
+    assert dr.Config(**dr.parse(["--augment", "--no-track-purity"])[0]) == dr.Config()  # the demo's
     assert set(dr.parse([])[0]) == {f.name for f in fields(dr.Config)}
 
 
@@ -1207,6 +1207,13 @@ def test_a_disk_that_fills_up_loses_nothing(prepared, tmp_path, monkeypatch):
 
 # --- 8  runs: several processes -------------------------------------------------------------------
 
+# In single precision two orders of adding up differ by enough to move a point to another cluster.
+IN_DOUBLE_PRECISION = """
+import data, torch
+in_single_precision = data.normalise
+data.normalise = lambda *args: in_single_precision(*args).double()
+torch.set_default_dtype(torch.float64)
+"""
 RANK = """
 settings = json.loads(sys.argv[1])
 methods = sys.argv[2:]
@@ -1248,11 +1255,11 @@ def small_problem():
 def two_processes(prepared, tmp_path_factory):
     """Every method, by two processes -> their folder, and the settings."""
     out = tmp_path_factory.mktemp("two")
-    settings = asdict(config(prepared, out, encoder="tiny", epochs=3, every=1, n_init=2, batch_size=14))
+    settings = asdict(config(prepared, out, encoder="tiny", epochs=3, every=1, n_init=2, batch_size=14, lr=0.005))
     settings = {k: v for k, v in settings.items() if k not in ("method", "name")}
     register = 'dr.ENCODERS["tiny"] = Tiny\ndr.CHOICES["encoder"].append("tiny")\n'
-    lines = ["import json, sys, torch, dr", getsource(Tiny), register, getsource(small_problem), RANK]
-    (out / "rank.py").write_text("\n".join(lines))
+    sources = [IN_DOUBLE_PRECISION, "import json, sys, dr", getsource(Tiny), register, getsource(small_problem), RANK]
+    (out / "rank.py").write_text("\n".join(sources))
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", out / "rank.py"]
     done = command(*launch, json.dumps(settings), *dr.METHODS, env={**os.environ, "PYTHONPATH": str(HERE)})
     assert done.returncode == 0, done.stderr
@@ -1260,8 +1267,16 @@ def two_processes(prepared, tmp_path_factory):
     return out, settings
 
 
+@pytest.fixture
+def double_precision(monkeypatch):
+    monkeypatch.setattr(data, "normalise", data.normalise)  # is put back at the end
+    exec(IN_DOUBLE_PRECISION, {})
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("method", ["joint", "multitask", "dgl", "dr"])  # linear in the batch
-def test_two_processes_train_and_diagnose_as_one(method, two_processes, tmp_path, monkeypatch):
+def test_two_processes_train_and_diagnose_as_one(method, two_processes, double_precision, tmp_path, monkeypatch):
     out, settings = two_processes
     monkeypatch.setattr(dr, "draw_curves", lambda *words: None)
     one = dr.train(dr.Config(**settings | {"method": method, "name": method, "out": str(tmp_path)}))
@@ -1288,7 +1303,7 @@ def test_all_processes_end_with_the_same_weights(method, two_processes):
 
 
 @pytest.mark.parametrize("method", ["ogm", "mlb", "mmpareto"])  # each process weighs the modalities on its own share
-def test_the_gradient_of_two_processes_is_the_mean_of_their_shares_gradients(method, two_processes):
+def test_the_gradient_of_two_processes_is_the_mean_of_their_shares_gradients(method, two_processes, double_precision):
     out, _ = two_processes
     shares = []
     for rank in range(2):
@@ -1338,7 +1353,7 @@ def spoilt_checkpoints(whole):
     files = {"empty": b"", "text": b"no checkpoint\n", "pickle": pickle.dumps({"config": print})}
     files["truncated"] = whole[: len(whole) // 2]
     files["cut short"] = whole[:-20]
-    for seed in range(8):
+    for seed in range(4):
         files[f"random {seed}"] = random.Random(seed).randbytes(3000)
         files[f"random pickle {seed}"] = b"\x80\x02" + random.Random(seed).randbytes(300)
     good = torch.load(io.BytesIO(whole), weights_only=True)
@@ -1346,7 +1361,7 @@ def spoilt_checkpoints(whole):
     others["no config"] = {"model": good["model"]}
     others["no model"] = {"config": good["config"]}
     others["unknown setting"] = good | {"config": good["config"] | {"colour": "red"}}
-    others["wrong setting"] = good | {"config": good["config"] | {"lr": "high"}}
+    others["wrong setting"] = good | {"config": good["config"] | {"lr": -1.0}}
     others["wrong method"] = good | {"config": good["config"] | {"method": None}}
     others["model of another kind"] = good | {"model": None}
     others["model of other sizes"] = good | {"model": {k: torch.zeros(3) for k in good["model"]}}
@@ -1365,7 +1380,7 @@ def test_what_is_no_checkpoint_gets_one_line(run, prepared, tmp_path):
         path.write_bytes(content)
         for flag in ("--evaluate", "--tsne"):
             assert_one_line(dr_main(flag, path, "--data", prepared, "--device", "cpu"), name)
-    for seed in range(20):  # one byte that is wrong may be in a weight, which nobody can tell
+    for seed in range(8):  # one byte that is wrong may be in a weight, which nobody can tell
         draw = random.Random(seed)
         content = bytearray(whole)
         content[draw.randrange(len(content) - 4000, len(content))] ^= 1 << draw.randrange(8)
@@ -1442,7 +1457,8 @@ def test_a_sweep_reports_means_deviations_and_paired_intervals(swept):
     assert [(x["method"], int(x["seed"])) for x in lines] == [(m, s) for m in found for s in range(2)]
     assert [float(x["accuracy"]) for x in lines] == pytest.approx([*found["joint"], *found["dr"]])
     assert np.asarray(Image.open(out / "grid.png").convert("L")).std() > 5
-    assert "python dr.py --data" in (out / "grid.md").read_text().splitlines()[0]
+    caption = (out / "grid.md").read_text().splitlines()[0]
+    assert caption.startswith("    python dr.py ") and caption.endswith(" --sweep method=joint,dr seed=0,1")
     assert all(len(line) <= 80 for line in told.splitlines() if str(out) not in line)  # only paths may be longer
 
 
@@ -1518,9 +1534,9 @@ def test_ctrl_c_stops_a_sweep_and_its_runs(prepared, tmp_path):
         (["augment=yes"], "words such as"),
         (["method=joined"], "method is one of"),
         (["lam=1,-1"], "lam is 0 or more"),
-        (["seed=0,0"], "the same folder"),
-        (["name=a", "seed=0,1"], "the same folder"),
-        (["device=cpu,cuda"], "the same folder"),
+        (["seed=0,0"], "into the same folder"),
+        (["name=a", "seed=0,1"], "into the same folder"),
+        (["device=cpu,cuda"], "into the same folder"),
     ],
 )
 def test_a_wrong_sweep_gets_one_line_before_anything_runs(words, says, tmp_path):
