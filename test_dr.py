@@ -2595,7 +2595,7 @@ def test_the_demo_is_the_same_for_one_seed_and_stratified(small_demo, tmp_path):
     for clip in tmp_path.rglob("*.*"):
         assert clip.read_bytes() == (small_demo / "demo" / "raw" / clip.relative_to(tmp_path)).read_bytes()
     dataset = data.load("demo", small_demo)
-    assert [len(s) for s in (dataset.train, dataset.val, dataset.test)] == [84, 21, 56]
+    assert [len(s) for s in (dataset.train, dataset.val, dataset.test)] == [77, 23, 61]
     assert max(np.bincount(dataset.train.labels)) - min(np.bincount(dataset.train.labels)) <= 2
 
 
@@ -2691,15 +2691,11 @@ def test_a_flip_mirrors_the_flow_and_negates_u():
     assert 16 < (slope < 0).sum() < 48 and (y[:, 0] == y[:, 1]).all()  # one crop for all fields of a clip
 
 
-def test_masks_hide_a_band_of_bins_and_of_time_and_nothing_else():
-    x = torch.rand(200, 1, 50, 100) + 1
-    y = data.augment(x.clone(), "fbank", np.random.default_rng(0))
-    hidden = (y == 0)[:, 0]
-    assert torch.equal(y[:, 0][~hidden], x[:, 0][~hidden])
-    bins, times = hidden.all(2), hidden.all(1)
-    assert torch.equal(hidden, bins[:, :, None] | times[:, None])
-    for lines, n in (bins, 50), (times, 100):
-        assert lines.sum(1).max() == n // 5 and lines.sum(1).min() == 0 and (lines.diff(dim=1).sum(1) <= 2).all()
+def test_a_gain_shifts_a_whole_spectrogram():
+    x = torch.rand(200, 1, 50, 100)
+    gain = data.augment(x.clone(), "fbank", np.random.default_rng(0)) - x
+    torch.testing.assert_close(gain, gain[:, :, :1, :1].expand_as(x))
+    assert 0.04 < gain[:, 0, 0, 0].std() < 0.06
 
 
 def test_of_several_frames_kept_the_middle_one_is_taken_unless_augmented():
