@@ -165,7 +165,7 @@ def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, split="clips", split_di
     `raw` holds <id>.wav and <id>.flv (or .mp4) at any depth. split "clips" draws 80 / 10 / 10 per cent at random over
     clips, as in the paper: every actor is in all three. "actors" holds out whole actors. `split_dir` holds lists with
     lines `id,EMO` instead: my_train.csv or train.csv, test.csv, and val.csv unless a tenth of train is to be drawn.
-    What FFmpeg can read of the four clips known to be bad is kept: see README_data.md."""
+    What FFmpeg can read of the four clips known to be bad is kept: see README.md."""
     if split not in ("clips", "actors"):
         raise DataError(f"--split is clips or actors, not {split}")
     sounds = {path.stem: path for path in find_files(raw, ".wav")}

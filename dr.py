@@ -104,7 +104,8 @@ def small_resnet(shape, widths=(12, 24, 48, 96)):
     stem = nn.Conv2d(shape[-3], widths[0], kernel_size=3, stride=2, padding=1, bias=False)
     layers = [stem, nn.BatchNorm2d(widths[0]), nn.ReLU()]
     for before, after in zip(widths, widths[1:]):
-        shortcut = nn.Sequential(nn.Conv2d(before, after, kernel_size=1, stride=2, bias=False), nn.BatchNorm2d(after))
+        # pooling of 1 x 1 takes every second place; a convolution with that stride has crashed (oneDNN, 12 channels)
+        shortcut = nn.Sequential(nn.MaxPool2d(1, stride=2), nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
         layers.append(BasicBlock(before, after, stride=2, downsample=shortcut))
     return PictureEncoder(nn.Sequential(*layers), widths[-1])
 
