@@ -19,12 +19,13 @@ encoder is pulled back towards its initial weights, the further the larger g:
     python dr.py --tsne runs/demo-dr-0/best.pt           its features, drawn
     torchrun --nproc_per_node=2 dr.py --dataset cremad   on two GPUs
 
-A run leaves config.json, log.jsonl, summary.json, best.pt, initial.pt, test.npz
-and curves.png in runs/<name>/. If it is stopped, the same command resumes it.
+A run leaves config.json, log.jsonl, summary.json, best.pt, test.npz, curves.png
+in runs/<name>/. If it is stopped, the same command resumes it.
 """
 
 import argparse
 import contextlib
+import copy
 import inspect
 import io
 import itertools
@@ -36,9 +37,9 @@ import sys
 import time
 import traceback
 from collections import OrderedDict
+from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import joblib
@@ -64,8 +65,8 @@ from tqdm import tqdm
 
 import data
 
-# ---- 1  Encoders: one per modality, each from its input to features (B, D) ---------------------------------------
 
+# ---- 1  Encoders: one per modality, each from its input to features (B, D) ---------------------------------------
 class PictureEncoder(nn.Module):
     """Makes an encoder of a network from pictures (B, C, H, W) to maps (B, D, h, w): for spectrograms (B, 1, F, T), and
     for frames (B, T, C, H, W), which are folded into the batch. Its features are the mean over space and time."""
@@ -104,8 +105,9 @@ def small_resnet(shape, widths=(12, 24, 48, 96)):
     stem = nn.Conv2d(shape[-3], widths[0], kernel_size=3, stride=2, padding=1, bias=False)
     layers = [stem, nn.BatchNorm2d(widths[0]), nn.ReLU()]
     for before, after in zip(widths, widths[1:]):
-        # pooling of 1 x 1 takes every second place; a convolution with that stride has crashed (oneDNN, 12 channels)
-        shortcut = nn.Sequential(nn.MaxPool2d(1, stride=2), nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
+        # instead of a convolution with stride 2, which has crashed on CPUs (oneDNN, 12 channels)
+        every_second = nn.MaxPool2d(1, stride=2)
+        shortcut = nn.Sequential(every_second, nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
         layers.append(BasicBlock(before, after, stride=2, downsample=shortcut))
     return PictureEncoder(nn.Sequential(*layers), widths[-1])
 
@@ -123,7 +125,6 @@ def choose_encoder(shape, wanted):
 
 
 # ---- 2  Fusion, and the multimodal model -------------------------------------------------------------------------
-
 class Concatenation(nn.Module):
     """The features side by side, and one linear layer: the official code's fusion."""
 
@@ -183,7 +184,6 @@ def initialise(module):
 
 
 # ---- 3  Diagnosing: how far has each encoder learnt? -------------------------------------------------------------
-
 def purity(features, labels, n_clusters, n_init=10, seed=0):
     """How well k-means clusters of the features agree with the labels, at most 1: the paper's P.
 
@@ -232,20 +232,14 @@ def diagnose(model, train, val, n_clusters, n_init=10, batch_size=128):
     x_train, y_train = extract_features(model, train, batch_size)
     x_val, y_val = extract_features(model, val, batch_size)
     jobs = [(x_train[m], y_train, x_val[m], y_val, n_clusters, n_init) for m in x_train]
+    one_thread = threadpool_limits.wrap(limits=1)  # OpenMP counts its threads for each thread that calls it
+    side_by_side = joblib.Parallel(len(jobs), backend="threading")
     with threadpool_limits(1):
-        side_by_side = joblib.Parallel(len(jobs), prefer="threads")
-        gaps = side_by_side(joblib.delayed(one_thread)(purity_gap, *job) for job in jobs)
+        gaps = side_by_side(joblib.delayed(one_thread(purity_gap))(*job) for job in jobs)
     return dict(zip(x_train, gaps))
 
 
-def one_thread(function, *args):
-    """function(*args) without threads of its own: OpenMP counts them for each thread that calls it."""
-    with threadpool_limits(1):
-        return function(*args)
-
-
 # ---- 4  Re-learning: back towards the initial weights, by as much as the gap says ---------------------------------
-
 def relearning_strength(gap, lam):
     """a = tanh(lambda * g), from 0, which leaves an encoder alone, towards 1, which restarts it."""
     return math.tanh(lam * gap)
@@ -264,7 +258,7 @@ def soft_reinit(module, init_state, strength):
 
 def initial_weights(model):
     """What the method has to remember, taken before the first step -> {modality: state_dict}."""
-    return {m: {k: v.clone() for k, v in model.own(m).state_dict().items()} for m in model.encoders}
+    return {m: copy.deepcopy(model.own(m).state_dict()) for m in model.encoders}
 
 
 def relearn(model, initial, gaps, lam, optimiser=None):
@@ -281,7 +275,6 @@ RELEARNING = {"dr": relearn}  # {--method: what follows a diagnosis}; other meth
 
 
 # ---- 5  Training: a method leaves a gradient in every parameter, the optimiser makes the step ---------------------
-
 def joint(model, inputs, labels, t):
     """One cross-entropy for all modalities, and nothing else."""
     logits = model(inputs)
@@ -308,8 +301,8 @@ def average_gradients(model):
     gradients = [p.grad for p in model.parameters()]
     message = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(message)
-    message /= dist.get_world_size()
-    for g, mean in zip(gradients, message.split([g.numel() for g in gradients])):
+    means = (message / dist.get_world_size()).split([g.numel() for g in gradients])
+    for g, mean in zip(gradients, means):
         g.copy_(mean.view_as(g))
 
 
@@ -321,7 +314,7 @@ def train_epoch(model, optimiser, split, config, epoch):
     torch.manual_seed(config.seed + 1000 * epoch + 1000_000 * rank)
     order = (config.seed, epoch)
     shuffled = data.batches(split, config.batch_size, order, model.device, config.augment, (rank, world))
-    quiet = None if rank == 0 else True  # None: where there is no terminal
+    quiet = rank > 0 or None  # None: unless on a terminal
     steps = math.ceil(len(split) / config.batch_size)
     totals = torch.zeros(2, device=model.device)  # loss, right answers: read once, so that no step waits for it
     clips = 0
@@ -370,19 +363,19 @@ def train(config):
         data.move_to_gpu(dataset, device, max_bytes=torch.cuda.mem_get_info(device)[0] / 2)
     torch.manual_seed(config.seed)
     model = make_model(config, dataset, device)
-    initial = initial_weights(model)
+    initial = initial_weights(model)  # the seed's, and so those of a resumed run
     optimiser = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    history, best = resume(config, model, initial, optimiser)
-    from_main(start_run, config, model, initial, dataset, history)
-    saved = from_main(time.monotonic)
+    history, best = resume(config, model, optimiser)
+    from_main(start_run, config, model, dataset, history)
+    saved = time.monotonic()
     kmeans = (len(dataset.classes), config.n_init)
 
     for epoch in range(len(history), config.epochs):
-        start = from_main(time.monotonic)
-        if start - saved >= CHECKPOINT_SECONDS:
-            states = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "best": best}
-            from_main(partial(save, config, "last.pt", history=history, **states))
-            saved = from_main(time.monotonic)
+        start = time.monotonic()
+        if ranks()[0] == 0 and start - saved >= CHECKPOINT_SECONDS:
+            states = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+            save(config, "last.pt", history=history, best=best, **states)
+            saved = time.monotonic()
         loss, accuracy = train_epoch(model, optimiser, dataset.train, config, epoch)
         val = from_main(evaluate, model, dataset.val)
         test = from_main(evaluate, model, dataset.test)
@@ -392,17 +385,18 @@ def train(config):
             found = from_main(diagnose, model, dataset.test, dataset.val, *kmeans)
             entry["test_purity"] = {m: p_test for m, (p_test, _, _) in found.items()}
         if all(entry["val"] > e["val"] for e in history):
-            best = {k: v.clone() for k, v in model.state_dict().items()}
+            best = copy.deepcopy(model.state_dict())
 
         if epoch % config.every == 0 and epoch > 0:
             found = from_main(diagnose, model, dataset.train, dataset.val, *kmeans)
             gaps = {m: gap for m, (_, _, gap) in found.items()}
-            strengths = {m: relearning_strength(gap, config.lam) for m, gap in gaps.items()}
             relearnt = sum(e.get("relearnt", False) for e in history)
             due = config.method in RELEARNING and relearnt < config.times
             if due:
                 torch.manual_seed(1000 * (config.seed + 1) + epoch)  # dr-new draws, alike on all processes
                 strengths = RELEARNING[config.method](model, initial, gaps, config.lam, optimiser)
+            else:
+                strengths = {m: relearning_strength(gap, config.lam) for m, gap in gaps.items()}
             entry["diagnosis"] = {
                 m: {"train": p_train, "val": p_val, "gap": gap, "strength": strengths[m]}
                 for m, (p_train, p_val, gap) in found.items()
@@ -422,7 +416,6 @@ def train(config):
 # ---- 6  Other methods: rivals of D&R, and D&R with one thing changed ----------------------------------------------
 # Each rival is its official code with that code's defaults; what differs is said. Their uni-modal logits are `parts`
 # of the joint ones, where some official codes train extra heads.
-
 
 def joint_and_unimodal(model, inputs, labels):
     """One forward pass -> features, logits, the joint loss L, and the sum over modalities of L_m."""
@@ -463,9 +456,10 @@ def ogm(model, inputs, labels, t, alpha=0.8, until=0.5, noise=False):
         return loss, logits
     for m, ratio in score_ratios(model, features, labels).items():
         factor = torch.where(ratio > 1, 1 - torch.tanh(alpha * ratio), 1.0)
-        for p in [p for p in model.encoders[m].parameters() if p.dim() > 1]:
-            spread = noise * (p.grad.std() + 1e-8)
-            p.grad = factor * p.grad + spread * torch.randn_like(p.grad)
+        for p in model.encoders[m].parameters():
+            if p.dim() > 1:
+                spread = noise * (p.grad.std() + 1e-8)
+                p.grad = factor * p.grad + spread * torch.randn_like(p.grad)
     return loss, logits
 
 
@@ -562,14 +556,14 @@ def relearn_hard(model, initial, gaps, lam, optimiser=None):
 
 def relearn_largest(model, initial, gaps, lam, optimiser=None):
     """D&R of the modality with the largest gap alone."""
-    chosen = max(gaps, key=gaps.get)
-    return relearn(model, initial, dict.fromkeys(gaps, 0.0) | {chosen: gaps[chosen]}, lam)
+    largest = max(gaps.values())
+    return relearn(model, initial, {m: g if g == largest else 0.0 for m, g in gaps.items()}, lam)
 
 
 def relearn_smallest(model, initial, gaps, lam, optimiser=None):
     """D&R of the modality with the smallest gap alone."""
-    chosen = min(gaps, key=gaps.get)
-    return relearn(model, initial, dict.fromkeys(gaps, 0.0) | {chosen: gaps[chosen]}, lam)
+    smallest = min(gaps.values())
+    return relearn(model, initial, {m: g if g == smallest else 0.0 for m, g in gaps.items()}, lam)
 
 
 @torch.no_grad()
@@ -583,15 +577,13 @@ def relearn_statistics(model, initial, gaps, lam, optimiser=None):
     return strengths
 
 
-@torch.no_grad()
 def relearn_momentum(model, initial, gaps, lam, optimiser):
     """D&R, and the optimiser's momentum set to 0."""
     strengths = relearn(model, initial, gaps, lam)
     for m, strength in strengths.items():
         for p in model.own(m).parameters():
-            buffer = optimiser.state[p].get("momentum_buffer")
-            if strength > 0 and buffer is not None:  # None: --momentum 0
-                buffer.zero_()
+            if strength > 0:
+                optimiser.state.pop(p, None)
     return strengths
 
 
@@ -601,8 +593,8 @@ def relearn_new(model, initial, gaps, lam, optimiser=None):
     return relearn(model, initial_weights(stranger), gaps, lam)
 
 
-METHODS |= {"multitask": multitask, "multitask+dr": multitask, "ogm": ogm, "ogm-ge": ogm_ge, "opm": opm}
-METHODS |= {"mmpareto": mmpareto, "dgl": dgl, "mlb": mlb}
+METHODS |= {"multitask": multitask, "multitask+dr": multitask, "ogm": ogm, "ogm-ge": ogm_ge}
+METHODS |= {"mlb": mlb, "opm": opm, "mmpareto": mmpareto, "dgl": dgl}
 RELEARNING |= {"multitask+dr": relearn, "dr-same": relearn_same, "dr-hard": relearn_hard}
 RELEARNING |= {"dr-largest": relearn_largest, "dr-smallest": relearn_smallest, "dr-new": relearn_new}
 RELEARNING |= {"dr-statistics": relearn_statistics, "dr-momentum": relearn_momentum}
@@ -610,7 +602,6 @@ METHODS |= {name: joint for name in RELEARNING if name not in METHODS}
 
 
 # ---- 7  Other encoders and fusions --------------------------------------------------------------------------------
-
 def transformer(width, layers):
     """Pre-norm self-attention layers on tokens (B, N, width), and a last LayerNorm."""
     layer = nn.TransformerEncoderLayer(width, nhead=4, dim_feedforward=4 * width, batch_first=True, norm_first=True)
@@ -637,7 +628,7 @@ class SequenceTransformer(nn.Module):
 
 
 class PatchTransformer(nn.Module):
-    """A small Vision Transformer (Dosovitskiy et al. 2021): pictures (B, C, H, W) to maps (B, D, h, w)."""
+    """A small Vision Transformer (Dosovitskiy et al. 2021): pictures (B, C, H, W) to patches (B, D, N)."""
 
     def __init__(self, shape, width, layers):
         super().__init__()
@@ -647,8 +638,8 @@ class PatchTransformer(nn.Module):
         self.layers = transformer(width, layers)
 
     def forward(self, x):
-        x = self.embed(x) + self.position  # (B, D, h, w)
-        return self.layers(x.flatten(2).mT).mT.unflatten(2, x.shape[2:])
+        patches = self.embed(x) + self.position  # (B, D, h, w)
+        return self.layers(patches.flatten(2).mT).mT
 
 
 def vit(shape, width=128, layers=4):
@@ -713,7 +704,7 @@ class Bottleneck(nn.Module):
             self.layers[m] = nn.ModuleList([nn.Linear(w, width), *(transformer(width, 1) for _ in range(layers))])
         self.head = nn.Linear(width, n_classes)
 
-    def pool(self, tokens):  # {modality: (tokens (B, N, D), padding (B, N) or None)} -> (M, B, width), in fp32
+    def forward(self, tokens):  # {modality: (tokens (B, N, D), padding (B, N) or None)} -> (M, B, width), in fp32
         S = len(self.bottleneck)
         x = {m: self.layers[m][0](own) for m, (own, _) in tokens.items()}
         padding = {m: None if p is None else F.pad(p, (S, 0)) for m, (_, p) in tokens.items()}
@@ -724,16 +715,13 @@ class Bottleneck(nn.Module):
             x = {m: y[:, S:] for m, y in x.items()}
         return torch.stack([masked_mean(x[m], tokens[m][1]) for m in x])
 
-    def forward(self, tokens):
-        return self.head(self.pool(tokens)).mean(0)
-
 
 class BottleneckModel(MultimodalModel):
     """MBT: its fusion takes the encoders' tokens, and a modality's layers in it are re-learnt with its encoder."""
 
     def forward(self, inputs):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            pooled = self.fusion.pool({m: encoder.tokens(inputs[m]) for m, encoder in self.encoders.items()})
+            pooled = self.fusion({m: encoder.tokens(inputs[m]) for m, encoder in self.encoders.items()})
         return self.fusion.head(pooled).mean(0)
 
     def own(self, m):
@@ -750,13 +738,11 @@ FUSIONS |= {"sum": Sum, "film": FiLM, "gated": Gated, "mbt": Bottleneck}
 OFFICIAL = dict(epochs=90, batch_size=64, lr=0.002, weight_decay=1e-4, every=20, times=3, augment=False)
 PRESETS = {
     "demo": OFFICIAL | dict(epochs=30, lr=0.05, every=5, times=4, augment=True),
-    "cremad": OFFICIAL,
-    "kinetics": OFFICIAL,
-    "ucf101": OFFICIAL,
+    "cremad": OFFICIAL,  # and any other
     "mosi": OFFICIAL | dict(epochs=30, batch_size=32, lr=0.01, every=6),
 }
-CHOICES = {"method": METHODS, "encoder": ["auto", "resnet18", "small", "vit"], "fusion": FUSIONS}
-CHOICES |= {"precision": ["auto", "bf16", "fp32"], "device": ["auto", "cpu", "cuda", "mps"]}
+CHOICES = {"method": METHODS, "encoder": ["auto", "resnet18", "small", "vit"], "fusion": FUSIONS,
+           "precision": ["auto", "bf16", "fp32"]}  # fmt: skip
 CHECKPOINT_SECONDS = 30  # a kill costs at most so much, and the epoch that it falls into
 
 
@@ -792,19 +778,17 @@ class Config:
         for key, value in PRESETS.get(self.dataset, OFFICIAL).items():
             if getattr(self, key) is None:
                 setattr(self, key, value)
-        self.modalities = self.modalities.replace(",", "+")
         self.name = self.name or run_name(self)
         for key, value in asdict(self).items():
             least = 1 if key in ("every", "epochs", "batch_size", "n_init") else 0
-            kind = value.split(":")[0] if key == "device" else value  # cuda:1 is a cuda
-            if key in CHOICES and kind not in CHOICES[key]:
+            if key in CHOICES and value not in CHOICES[key]:
                 raise ValueError(f"{key} is one of {', '.join(CHOICES[key])}, not {value!r}")
-            if isinstance(value, (int, float)) and not least <= value < math.inf:
-                raise ValueError(f"{key} is {least} or more, not {value}")
-            if key == "seed" and value >= 2**32:
-                raise ValueError(f"seed is below 2 to the 32, not {value}")
+            if isinstance(value, (int, float)) and not least <= value < 2**32:
+                raise ValueError(f"{key} is at least {least} and less than 2 to the 32, not {value}")
             if key in ("dataset", "name") and (Path(value).name != value or value == ".."):
                 raise ValueError(f"{key} is the name of a folder, without slashes, not {value!r}")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise ValueError(f"device is auto, cpu, mps, cuda or one such as cuda:1, not {self.device!r}")
 
     @property
     def folder(self):
@@ -827,12 +811,12 @@ def run_name(config):
 
 
 def flags_of(config):
-    """The command line of a run: the words that follow `python dr.py`."""
-    given = changed(config) | ({} if config.name == run_name(config) else {"name": config.name})
+    """The command line of a run but for its name: the words that follow `python dr.py`."""
     words = []
-    for key, value in given.items():
+    for key, value in changed(config).items():
         words.append(("--no-" if value is False else "--") + key.replace("_", "-"))
-        words += [] if isinstance(value, bool) else [str(value)]
+        if not isinstance(value, bool):
+            words.append(str(value))
     return words
 
 
@@ -847,7 +831,7 @@ def set_up(config):
     gpus = torch.cuda.device_count()
     name = config.device
     if name == "auto":
-        name = "cuda" if gpus else "mps" if torch.mps.is_available() else "cpu"
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cuda" and gpus:
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}"
     try:
@@ -930,7 +914,7 @@ def read_checkpoint(path):
             raise data.DataError(f"{path} is no checkpoint that this dr.py wrote, or it is damaged") from error
 
 
-def resume(config, model, initial, optimiser):
+def resume(config, model, optimiser):
     """Take up the unfinished run of this config, if there is one -> its history, its best weights so far."""
     path = config.folder / "last.pt"
     if not path.exists():
@@ -942,7 +926,6 @@ def resume(config, model, initial, optimiser):
     try:
         model.load_state_dict(content["model"])
         optimiser.load_state_dict(content["optimiser"])
-        initial |= read_checkpoint(config.folder / "initial.pt")[0]["initial"]
         return content["history"], content["best"]
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
         raise data.DataError(f"{path} is not of a run on the {config.dataset} in {config.data}: delete it") from error
@@ -963,21 +946,18 @@ def load_run(path, **changes):
 
 
 # ---- 9  What a run shows and leaves behind ------------------------------------------------------------------------
-
-def start_run(config, model, initial, dataset, history):
-    """Make the run's folder, write its config and the log so far, and say what is about to be trained."""
+def start_run(config, model, dataset, history):
+    """Make the run's folder, write its config, and say what is about to be trained."""
     config.folder.mkdir(parents=True, exist_ok=True)
     (config.folder / "summary.json").unlink(missing_ok=True)  # only a finished run has one
     data.write_json(config.folder / "config.json", asdict(config))
-    save(config, "initial.pt", initial=initial)
-    (config.folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
-    sizes = f"{len(dataset.train):,} / {len(dataset.val):,} / {len(dataset.test):,}"
+    sizes = " / ".join(f"{len(split):,}" for split in (dataset.train, dataset.val, dataset.test))
     print(f"{config.name}: {sizes} clips for training / validation / test, {len(dataset.classes)} classes")
     for m, encoder in model.encoders.items():
         count = sum(p.numel() for p in encoder.parameters())
         print(f"  {m:<8} {dataset.shapes[m]} -> {encoder.width} features, {count:,} weights")
     if history:
-        print(f"  resumes after epoch {len(history) - 1} of {config.epochs - 1}")
+        print(f"  resumes with epoch {len(history)}")
 
 
 EPOCH = "epoch {epoch:3d}  loss {loss:.3f}  train {train:5.1f} %  val {val:5.1f} %  test {test:5.1f} %  {seconds:.1f} s"
@@ -992,8 +972,7 @@ SUMMARY = """
 def report_epoch(config, history):
     """A line of log.jsonl and one on the screen; after a diagnosis, a table."""
     entry = history[-1]
-    with open(config.folder / "log.jsonl", "a") as file:
-        file.write(json.dumps(entry) + "\n")
+    (config.folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in history))
     print(EPOCH.format(**entry), flush=True)
     if "diagnosis" in entry:
         count = sum(e.get("relearnt", False) for e in history)
@@ -1017,14 +996,14 @@ def finish_run(config, model, dataset, history, best_weights):
     model.load_state_dict(best_weights)
     save(config, "best.pt", epoch=best["epoch"], model=model.state_dict())
     logits, labels = predict(model, dataset.test)
-    data.write_atomically(config.folder / "test.npz", lambda file: np.savez(file, logits=logits, labels=labels))
+    np.savez(config.folder / "test.npz", logits=logits, labels=labels)
     draw_curves(history, config.folder / "curves.png", config.name, "python dr.py " + " ".join(flags_of(config)))
-    strengths = [{m: d["strength"] for m, d in e["diagnosis"].items()} for e in history if e.get("relearnt")]
+    relearnt = [e["diagnosis"] for e in history if e.get("relearnt")]
     seconds = sum(entry["seconds"] for entry in history)
-    summary = {"name": config.name, "accuracy": best["test"], "macro F1": best["test_f1"]}
-    summary["probe"] = probe(model, dataset.train, dataset.test)
-    summary["strength"] = pd.DataFrame(strengths).mean().to_dict()
-    summary |= {"seconds per epoch": seconds / len(history), "seconds": seconds, "folder": str(config.folder)}
+    strength = {m: np.mean([d[m]["strength"] for d in relearnt]) for m in model.encoders if relearnt}
+    summary = {"name": config.name, "accuracy": best["test"], "macro F1": best["test_f1"], "strength": strength}
+    summary |= {"probe": probe(model, dataset.train, dataset.test), "folder": str(config.folder)}
+    summary |= {"seconds": seconds, "seconds per epoch": seconds / len(history)}
     summary |= {"best_val": best, "last": history[-1], "best_test": max(history, key=lambda entry: entry["test"])}
     data.write_json(config.folder / "summary.json", summary)
     (config.folder / "last.pt").unlink(missing_ok=True)  # only an unfinished run has one
@@ -1045,52 +1024,41 @@ def draw_curves(history, path, title, caption):
     panels = {"accuracy in %": log[["train", "val", "test"]], "purity gap g": log.filter(regex="gap$").dropna()}
     panels |= {"strength a": relearnt.filter(regex="strength$"), "test purity P": log.filter(regex="^test_purity")}
     panels = {label: values for label, values in panels.items() if values.size}
-    ratios = {"height_ratios": [2] + [1] * (len(panels) - 1)}
-    size = (7, 1 + 2 * len(panels))
-    figure = plt.figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw=ratios)[:, 0]
-    for axis, (label, values) in zip(axes, panels.items()):
+    more = len(panels) - 1
+    shape = {"figsize": (7, 3 + 2 * more), "height_ratios": [2] + [1] * more}
+    figure, axes = plt.subplots(1 + more, 1, **shape, sharex=True, squeeze=False, layout="constrained")
+    for axis, (label, values) in zip(axes[:, 0], panels.items()):
+        colours = ["0.6", COLOURS[2], "black"] if label == "accuracy in %" else COLOURS
         names = [column.split(".")[-2:][0] for column in values]
-        style = "-" if len(values) == len(log) else "o-"
-        colours = ["0.6", COLOURS[2], "black"] if axis is axes[0] else COLOURS
-        values.set_axis(names, axis=1).plot(ax=axis, style=style, color=colours, ylabel=label)
+        values.set_axis(names, axis=1).plot(ax=axis, style=".-", color=colours, ylabel=label)
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         for epoch in relearnt.index:
             axis.axvline(epoch, color="0.85", zorder=0)
-    axes[0].set_title(title)
-    axes[-1].set_xlabel("epoch; grey lines: re-learning")
+    axes[0, 0].set_title(title)
+    axes[-1, 0].set_xlabel("epoch; grey lines: re-learning")
     save_figure(figure, path, caption)
-
-
-def evaluate_checkpoint(path, **changes):
-    """Print a checkpoint's accuracy and macro F1 on the test set."""
-    model, dataset, _ = load_run(path, **changes)
-    found = evaluate(model, dataset.test)
-    print(f"{path}: accuracy {found['accuracy']:.1f} %, macro F1 {found['macro F1']:.1f} %, on the test set")
 
 
 def draw_tsne(path, **changes):
     """t-SNE of each encoder's features of the test set, coloured by class (paper, Fig. 3) -> tsne.png beside it."""
     model, dataset, config = load_run(path, **changes)
-    classes = dataset.classes
-    few = len(classes) <= len(COLOURS)
     features, labels = extract_features(model, dataset.test)
     size = (3.4 * len(features) + 1.2, 3.5)
     figure, axes = plt.subplots(1, len(features), figsize=size, squeeze=False, layout="constrained")
-    colours = COLOURS if few else plt.cm.hsv(np.linspace(0, 1, len(classes)))
     for axis, (m, x) in zip(axes[0], features.items()):
-        plane = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=0)
+        plane = TSNE(perplexity=min(30, len(x) // 4), init="pca", random_state=0)
         x2 = plane.fit_transform(StandardScaler().fit_transform(x))  # (N, 2)
-        for c, name in enumerate(classes):
-            axis.scatter(*x2[labels == c].T, s=9, linewidths=0, color=colours[c], marker=MARKERS[c % 7], label=name)
-        axis.set_title(f"{m}, purity {purity(x, labels, len(classes)):.2f}", fontsize=10, loc="left")
+        for c, name in enumerate(dataset.classes):
+            axis.plot(*x2[labels == c].T, MARKERS[(c + c // 7) % 7], color=COLOURS[c % 7], markersize=3, label=name)
+        axis.set_title(f"{m}, purity {purity(x, labels, len(dataset.classes)):.2f}", fontsize=10, loc="left")
         axis.set_axis_off()
-    if few:
+    if len(dataset.classes) <= 10:
         axes[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
     figure.suptitle(config.name, fontsize=10)
-    save_figure(figure, Path(path).parent / "tsne.png", f"python dr.py --tsne {path}")
-    return Path(path).parent / "tsne.png"
+    picture = Path(path).parent / "tsne.png"
+    save_figure(figure, picture, f"python dr.py --tsne {path}")
+    return picture
 
 
 def save_figure(figure, path, caption):
@@ -1103,7 +1071,6 @@ def save_figure(figure, path, caption):
 
 
 # ---- 10  Sweeps: a grid of runs, averaged over seeds --------------------------------------------------------------
-
 def expand(words, base):
     """The configs of a grid such as ["method=joint,dr", "seed=0,1"] over the flags `base`, without those that are
     undefined, such as OGM on one modality. Raises ValueError for what is no grid."""
@@ -1123,9 +1090,8 @@ def expand(words, base):
 
 def is_done(config):
     """Has this very run been finished, on whatever device?"""
-    if not (config.folder / "summary.json").exists():
-        return False
-    return not differences(config, json.loads((config.folder / "config.json").read_text()))
+    settings = config.folder / "config.json"
+    return (config.folder / "summary.json").exists() and not differences(config, json.loads(settings.read_text()))
 
 
 def train_quietly(settings):
@@ -1143,15 +1109,14 @@ def train_quietly(settings):
 
 def run_all(configs, jobs=None):
     """Train what is not done yet, side by side: a process per GPU, or per CPU core, or `jobs` of them. A run that fails
-    does not stop the others, but then raises DataError."""
+    does not stop the others; at the end DataError says which did."""
     import dr  # by this name, not as __main__, another process finds the function that it is to run
 
-    device = configs[0].device
-    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    jobs = jobs or gpus or (os.cpu_count() if device in ("auto", "cpu") else 1)
+    gpus = torch.cuda.device_count() if configs[0].device in ("auto", "cuda") else 0
+    jobs = jobs or gpus or os.cpu_count()
     todo = [asdict(c) for c in configs if not is_done(c)]
-    for k, settings in enumerate(todo):
-        settings["device"] = f"cuda:{k % gpus}" if gpus else device
+    for k, settings in enumerate(todo if gpus else []):
+        settings["device"] = f"cuda:{k % gpus}"
     failures = []
     try:
         with joblib.parallel_config("loky", inner_max_num_threads=max(1, os.cpu_count() // jobs)):
@@ -1159,6 +1124,8 @@ def run_all(configs, jobs=None):
             finished = side_by_side(joblib.delayed(dr.train_quietly)(settings) for settings in todo)
             for failure in tqdm(finished, f"{len(configs)} runs", len(todo), unit="run", disable=None, ncols=78):
                 failures += failure
+    except BrokenExecutor:
+        failures = ["the system killed a run, for want of memory as a rule; try a smaller --jobs"]
     finally:  # after Ctrl-C, too, nothing trains on
         get_reusable_executor().shutdown(kill_workers=True)
     if failures:
@@ -1177,22 +1144,21 @@ def sweep(words, base, jobs=None, name=""):
     for config in {c.dataset: c for c in configs}.values():
         load_dataset(config)  # the demo is made once; what is not there is missed here, not in every run
     run_all(configs, jobs)
-    names = [word.partition("=")[0].replace("-", "_") for word in words if not word.startswith("seed=")] or ["method"]
+    names = [word.partition("=")[0].replace("-", "_") for word in words if word[:5] != "seed="] or ["method"]
     rows = [asdict(c) | json.loads((c.folder / "summary.json").read_text()) for c in configs]
     runs = pd.json_normalize(rows + ensembles(configs), sep=" ")
-    metrics = sorted(runs.filter(regex="^(accuracy|macro|probe|strength|seconds per)"), key=lambda metric: metric[0])
     runs.insert(0, "setting", runs[names].astype(str).agg(", ".join, axis=1))
-    table = tabulate(runs, names, metrics)
+    found = sorted(runs.filter(regex="^(accuracy|macro|probe|strength|seconds per)"))
+    table = tabulate(runs, names, found)
 
     fixed = Config(**base)
     stem = Path(base["out"]) / (name or "-".join(["sweep", fixed.name, *words]))
-    caption = "python dr.py " + " ".join([*flags_of(fixed), "--sweep", *words])
+    caption = " ".join(["python dr.py", *flags_of(fixed), "--sweep", *words])
     note = "± standard deviation over seeds; vs: paired over seeds, ± half its 95 % interval"
-    lines = ["| " + " | ".join(cells) + " |" for cells in (table.columns, ["---"] * table.shape[1], *table.values)]
-    Path(f"{stem}.md").write_text("\n".join([f"    {caption}", "", *lines, "", note, ""]), encoding="utf-8")
-    runs[[*names, "seed", *metrics]].to_csv(f"{stem}.csv", index=False)
-    draw_sweep(runs, metrics, f"{stem}.png", caption)
-    print(f"\n{table.drop(columns=names).to_string(line_width=80)}\n\n{note}\n{stem}.md, .csv and .png")
+    Path(f"{stem}.md").write_text(f"    {caption}\n\n{table.to_markdown()}\n\n{note}\n", encoding="utf-8")
+    runs[[*names, "seed", *found]].to_csv(f"{stem}.csv", index=False)
+    draw_sweep(runs, f"{stem}.png", caption)
+    print(f"\n{table.to_string(line_width=80)}\n\n{note}\n{stem}.md, .csv and .png")
     return runs
 
 
@@ -1203,106 +1169,98 @@ def ensembles(configs):
         if c.modalities and "+" not in c.modalities:
             groups.setdefault(run_name(replace(c, modalities="")), []).append(c)
     rows = []
-    for group in groups.values():
+    for group in [group for group in groups.values() if len(group) > 1]:
         tests = [np.load(c.folder / "test.npz") for c in group]
-        found = metrics(sum(special.log_softmax(test["logits"], 1) for test in tests), tests[0]["labels"])
+        scores = sum(special.log_softmax(test["logits"], 1) for test in tests)
         title = "ensemble of " + " and ".join(c.modalities for c in group)
-        rows += [asdict(group[0]) | found | {"modalities": title}] if len(group) > 1 else []
+        rows.append(asdict(group[0]) | metrics(scores, tests[0]["labels"]) | {"modalities": title})
     return rows
 
 
-def tabulate(runs, names, metrics):
-    """Means over seeds, as text, a row per setting. Differences are paired over seeds, with the half-width of their
-    95 % interval (Student's t): to the first method, all else alike, or to the first row."""
-    groups = runs.groupby("setting", sort=False)
-    table = groups[names].first().astype(str)
-    first = runs["method" if "method" in names else "setting"][0]
-    like = table.assign(method=first)[names].agg(", ".join, axis=1) if "method" in names else [first] * len(table)
-    wide = runs.pivot(index="seed", columns="setting", values="accuracy")[table.index]
-    paired = wide - wide.reindex(columns=like).set_axis(wide.columns, axis=1)
-    half = paired.sem() * stats.t.ppf(0.975, paired.count() - 1)
-    for metric in metrics:
-        table[metric] = plus_minus(groups[metric].mean(), groups[metric].std(), ".2f" if metric[0] == "s" else ".1f")
-        if metric == "accuracy":
-            table[f"vs {first}"] = plus_minus(paired.mean(), half, "+.1f").where(table.index != like, "")
+def tabulate(runs, names, found):
+    """Means over seeds of the columns `found`, as text, a row per setting. The differences in accuracy are to the first
+    method with all else alike, or to the first setting, and paired over seeds."""
+    first = "method" if "method" in names else "setting"
+    alike = ["seed", *(name for name in names if first == "method" and name != "method")]
+    runs["difference"] = runs["accuracy"] - runs.groupby(alike)["accuracy"].transform("first")
+    settings = runs.groupby("setting", sort=False)
+    half = settings["difference"].sem() * stats.t.ppf(0.975, settings.size() - 1)  # Student's t
+    table = pd.DataFrame(index=list(settings.groups))
+    for column in found:
+        style = ".2f" if column[0] == "s" else ".1f"
+        table[column] = plus_minus(settings[column].mean(), settings[column].std(), style)
+    versus = plus_minus(settings["difference"].mean(), half, "+.1f").where(settings["difference"].any(), "")
+    table.insert(1, f"vs {runs[first][0]}", versus)
     return table
 
 
-def plus_minus(means, deviations, style):
+def plus_minus(means, spreads, style):
     """Two Series as one of text; without what there is not."""
-    texts = [f"{mean:{style}} ± {spread:{style[-3:]}}" for mean, spread in zip(means, deviations)]
+    texts = [f"{mean:{style}} ± {spread:{style[-3:]}}" for mean, spread in zip(means, spreads)]
     return pd.Series(texts, means.index).str.replace(r"( ± |\+)?nan", "", regex=True)
 
 
-def draw_sweep(runs, metrics, path, caption):
+def draw_sweep(runs, path, caption):
     """A panel per metric: a bar with one standard deviation per setting, and a dot per run."""
-    metrics = [metric for metric in metrics if not metric.startswith(("macro", "seconds"))]
-    size = (3 * len(metrics) + 1, 1.4 + 0.26 * runs["setting"].nunique())
-    figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False, sharey=True, layout="constrained")
-    for axis, metric in zip(axes[0], metrics):
-        values = runs.groupby("setting", sort=False)[metric]
+    found = list(runs.filter(regex="^(accuracy|probe|strength)"))
+    size = (3 * len(found) + 1, 1.4 + 0.26 * runs["setting"].nunique())
+    figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis, column in zip(axes[0], found):
+        values = runs.groupby("setting", sort=False)[column]
         axis.barh(list(values.groups), values.mean(), xerr=values.std(), color=COLOURS[5])
-        axis.plot(runs[metric], runs["setting"], ".", color="black", markersize=3)
-        axis.set_title(metric, fontsize=10)
+        axis.plot(runs[column], runs["setting"], ".", color="black", markersize=3)
+        axis.set_title(column, fontsize=10)
     axes[0, 0].invert_yaxis()  # the first row on top
     save_figure(figure, path, caption)
 
 
 # ---- 11  Command line ---------------------------------------------------------------------------------------------
-
 def parse(arguments=None):
-    """The command line -> (the fields of Config, what is none of them); ends the program on what is wrong."""
+    """The command line -> (the fields of Config, all that was given); ends the program on what is wrong."""
     methods = [f"  {name:<13} {RELEARNING.get(name, f).__doc__.splitlines()[0]}" for name, f in METHODS.items()]
-    presets = []
-    for name, preset in PRESETS.items():
-        words = [f"{k} {v}" for k, v in preset.items() if v and (preset is OFFICIAL or v != OFFICIAL[k])]
-        presets.append(f"  {name:<8} " + " ".join(words))
     parser = argparse.ArgumentParser(usage="python dr.py [--flag value ...]", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.epilog = "\n".join(["methods:", *methods, "", "presets; what is not said is as for cremad, and so is any other dataset:", *presets])
+    presets = pd.DataFrame(PRESETS).T.to_string()
+    parser.epilog = "\n".join(["methods:", *methods, "", "presets (other datasets have cremad's):", presets])
     comments = dict(re.findall(r"    (\w+): .*  # (.*)", inspect.getsource(Config)))
     for f in fields(Config):
         default = "preset" if f.default is None else f.default
         text = f"{comments[f.name]} ({default})" if default else comments[f.name]
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": ""}
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, default=f.default, **kind)
-    more = partial(parser.add_argument, nargs="+", default=[])
-    more("--sweep", metavar="FIELD=A,B", help="run a grid, average it over seeds, report it")
-    more("--evaluate", metavar="BEST.PT", help="test these checkpoints")
-    more("--tsne", metavar="BEST.PT", help="draw the test features of these checkpoints")
+    parser.add_argument("--sweep", nargs="+", default=[], metavar="FIELD=A,B", help="run a grid, average it over seeds")
     parser.add_argument("--jobs", type=int, metavar="", help="runs of a sweep side by side (one per GPU or CPU core)")
-    given = vars(parser.parse_args(arguments))
-    extra = {key: given.pop(key) for key in ("sweep", "jobs", "evaluate", "tsne")}
+    parser.add_argument("--evaluate", metavar="BEST.PT", help="test this checkpoint")
+    parser.add_argument("--tsne", metavar="BEST.PT", help="draw the test features of this checkpoint")
+    given = parser.parse_args(arguments)
+    settings = {f.name: getattr(given, f.name) for f in fields(Config)}
     try:
-        expand(extra["sweep"], given)
-        if extra["jobs"] is not None and extra["jobs"] < 1:
-            raise ValueError(f"--jobs is 1 or more, not {extra['jobs']}")
-        if extra["sweep"] and "RANK" in os.environ:
+        expand(given.sweep, settings)
+        if given.sweep and "RANK" in os.environ:
             raise ValueError("--sweep starts processes of its own, one per GPU: run it without torchrun")
     except ValueError as error:
         parser.error(str(error))
-    return given, extra
+    return settings, given
 
 
 def main():
-    given, extra = parse()
-    places = {"data": given["data"], "device": given["device"]}
+    settings, given = parse()
     try:
-        for path in extra["evaluate"]:
-            evaluate_checkpoint(path, **places)
-        for path in extra["tsne"]:
-            print(draw_tsne(path, **places))
-        if extra["sweep"]:
-            sweep(extra["sweep"], given | {"name": ""}, extra["jobs"], given["name"])
-        elif not extra["evaluate"] + extra["tsne"]:
-            train(Config(**given))
+        if given.evaluate:
+            model, dataset, _ = load_run(given.evaluate, data=given.data, device=given.device)
+            print("on the test set:", *(f"{k} {v:.1f} %" for k, v in evaluate(model, dataset.test).items()))
+        elif given.tsne:
+            print(draw_tsne(given.tsne, data=given.data, device=given.device))
+        elif given.sweep:
+            sweep(given.sweep, settings | {"name": ""}, given.jobs, given.name)
+        else:
+            train(Config(**settings))
     except (data.DataError, FloatingPointError, torch.OutOfMemoryError, OSError) as error:
         hint = "; when that is mended, the same command resumes" if isinstance(error, OSError) else ""
         print(f"dr.py: {error}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        rest = "does what is missing" if extra["sweep"] else "resumes from the last checkpoint"
-        print(f"\nstopped; the same command {rest}", file=sys.stderr)
+        print("\nstopped; the same command resumes", file=sys.stderr)
         sys.exit(130)
 
 

@@ -479,7 +479,7 @@ def test_accuracy_and_macro_f1_by_hand():
 
 def test_what_diverges_ends_in_one_line(prepared, tmp_path):
     words = ["--data", prepared, "--out", tmp_path, "--device", "cpu", "--epochs", 2, "--batch-size", 16]
-    assert_one_line(dr_main(*words, "--lr", 1e30), "in epoch 0: try a smaller --lr")
+    assert_one_line(dr_main(*words, "--lr", 1e9), "in epoch 0: try a smaller --lr")
 
 
 # --- 6  other methods: rivals ---------------------------------------------------------------------
@@ -849,8 +849,8 @@ def test_strengths_of_the_ablations_by_hand(method):
         for p in model.encoders[m].parameters():
             if method != "dr-new":
                 torch.testing.assert_close(p, torch.full_like(p, 1 - strength))
-            momentum = 0 if method == "dr-momentum" else 3
-            assert optimiser.state[p]["momentum_buffer"].eq(momentum).all()
+            forgotten = method == "dr-momentum" and strength > 0
+            assert p not in optimiser.state if forgotten else optimiser.state[p]["momentum_buffer"].eq(3).all()
         for buffer in model.encoders[m].buffers():
             statistic = method == "dr-statistics" and buffer.is_floating_point()
             torch.testing.assert_close(buffer, torch.full_like(buffer, 2 * (1 - strength) if statistic else 2))
@@ -1001,7 +1001,7 @@ def test_names_of_runs_tell_what_is_not_default():
 )
 def test_a_runs_caption_makes_the_run(given):
     c = dr.Config(**given)
-    assert dr.Config(**dr.parse(dr.flags_of(c))[0]) == c
+    assert asdict(dr.Config(**dr.parse(dr.flags_of(c))[0])) == {**asdict(c), "name": dr.run_name(c)}
 
 
 def test_every_flag_round_trips():
@@ -1026,7 +1026,7 @@ SILLY = [
     ("--weight-decay", "nan"), ("--n-init", "0"), ("--track-purity=2",), ("--seed", "-1"), ("--seed", "1" + 30 * "0"),
     ("--precision", "fp16"), ("--device", "gpu"), ("--device", "cuda:7"), ("--device", "cpu:x"), ("--device", "CUDA"),
     ("--data", "dr.py"), ("--out", "dr.py"), ("--name", ".."), ("--name", "a/b"), ("--name", 300 * "x"),
-    ("--sweep", "seed"), ("--jobs", "0"), ("--jobs", "two"), ("--evaluate", "nowhere.pt"), ("--evaluate", ".assets"),
+    ("--sweep", "seed"), ("--jobs", "two"), ("--evaluate", "nowhere.pt"), ("--evaluate", ".assets"),
     ("--tsne", "dr.py"), ("--colour", "red"), ("--evaluate",),
 ]  # fmt: skip
 
@@ -1092,8 +1092,6 @@ def left_by(folder):
     summary = json.loads((folder / "summary.json").read_text())
     best = torch.load(folder / "best.pt", weights_only=True)
     tensors = {("best", k): v for k, v in best["model"].items()}
-    for m, state in torch.load(folder / "initial.pt", weights_only=True)["initial"].items():
-        tensors |= {(m, k): v for k, v in state.items()}
     tensors["logits"] = torch.tensor(np.load(folder / "test.npz")["logits"])
     kept = ("name", "accuracy", "macro F1", "probe", "strength")
     return log, {k: summary[k] for k in kept} | {"epoch": best["epoch"]}, tensors
@@ -1111,21 +1109,21 @@ def test_killed_at_any_time_a_run_comes_out_as_the_undisturbed_one(more, runner,
     code = -signal.SIGKILL
     while code == -signal.SIGKILL:
         child = start(config(prepared, tmp_path / "torn", **more))
-        if kills < 12:
+        if kills < 8:
             time.sleep(random.random() * lasted / 6)
             with contextlib.suppress(ProcessLookupError):  # it has finished
                 os.kill(child, signal.SIGKILL)
         kills += 1
         code = finish()
-    assert code == 0 and kills > 10  # the last one was not killed
+    assert code == 0 and kills > 4  # the last one was not killed
     log, summary, tensors = left_by(tmp_path / "whole/run")
     log_again, summary_again, tensors_again = left_by(tmp_path / "torn/run")
     assert len(log) == 6 and log == log_again
     assert summary == summary_again
     assert tensors.keys() == tensors_again.keys()
     assert all(torch.equal(v, tensors_again[k]) for k, v in tensors.items())
-    names = {"best.pt", "config.json", "curves.png", "initial.pt", "log.jsonl", "summary.json", "test.npz"}
-    assert {f.name for f in (tmp_path / "torn/run").iterdir()} - names <= {"last.new", "initial.new", "best.new"}
+    names = {"best.pt", "config.json", "curves.png", "log.jsonl", "summary.json", "test.npz"}
+    assert {f.name for f in (tmp_path / "torn/run").iterdir()} - names <= {"last.new", "best.new"}
 
 
 @pytest.fixture
@@ -1145,14 +1143,14 @@ def stopped(prepared, tmp_path, monkeypatch):
         patch.setattr(dr, "report_epoch", press_in_the_second_epoch)
         done = dr_main(*words)
     assert done.returncode == 130
-    assert done.stderr.strip() == "stopped; the same command resumes from the last checkpoint"
+    assert done.stderr.strip() == "stopped; the same command resumes"
     return words, tmp_path / "run/last.pt"
 
 
 def test_ctrl_c_and_the_same_command_again(stopped):
     words, last = stopped
     done = dr_main(*words)
-    assert done.returncode == 0 and "resumes after epoch 0 of 1" in done.stdout
+    assert done.returncode == 0 and "resumes with epoch 1" in done.stdout
     assert not last.exists()
     assert [json.loads(x)["epoch"] for x in (last.parent / "log.jsonl").read_text().splitlines()] == [0, 1]
     assert dr_main(*words).stdout.count("epoch   0") == 1  # what is finished is done anew when asked for
@@ -1176,7 +1174,7 @@ def test_what_cannot_be_resumed_gets_one_line(stopped):
         torch.save(foreign, last)
         assert_one_line(dr_main(*words), "last.pt")
     last.write_bytes(whole)
-    assert "resumes after epoch 0 of 1" in dr_main(*words).stdout
+    assert "resumes with epoch 1" in dr_main(*words).stdout
 
 
 def test_a_disk_that_fills_up_loses_nothing(prepared, tmp_path, monkeypatch):
@@ -1223,8 +1221,9 @@ from_main = dr.from_main
 
 
 def keep_the_weights_of_every_process(work, *args):
-    if work is dr.finish_run:
-        torch.save(args[1].state_dict(), args[0].folder / f"rank{dr.ranks()[0]}.pt")
+    if work in (dr.start_run, dr.finish_run):
+        args[0].folder.mkdir(parents=True, exist_ok=True)
+        torch.save(args[1].state_dict(), args[0].folder / f"{work.__name__}{dr.ranks()[0]}.pt")
     return from_main(work, *args)
 
 
@@ -1295,11 +1294,11 @@ def test_two_processes_train_and_diagnose_as_one(method, two_processes, double_p
 @pytest.mark.parametrize("method", list(dr.METHODS))
 def test_all_processes_end_with_the_same_weights(method, two_processes):
     out, _ = two_processes
-    first = torch.load(out / method / "rank0.pt", weights_only=True)
-    second = torch.load(out / method / "rank1.pt", weights_only=True)
-    initial = torch.load(out / method / "initial.pt", weights_only=True)["initial"]["audio"]
+    before, first, second = (
+        torch.load(out / method / name, weights_only=True) for name in ("start_run0.pt", "finish_run0.pt", "finish_run1.pt")
+    )
     assert all(torch.equal(first[k], second[k]) for k in first)
-    assert not torch.equal(first["encoders.audio.layer.weight"], initial["layer.weight"])
+    assert not torch.equal(first["encoders.audio.layer.weight"], before["encoders.audio.layer.weight"])
 
 
 @pytest.mark.parametrize("method", ["ogm", "mlb", "mmpareto"])  # each process weighs the modalities on its own share
@@ -1336,7 +1335,7 @@ def test_what_a_run_wrote_can_be_read_back(run, prepared):
     assert 100 * (test["logits"].argmax(1) == test["labels"]).mean() == pytest.approx(summary["accuracy"])
     assert np.asarray(Image.open(folder / "curves.png").convert("L")).std() > 5
     assert {f.name for f in folder.iterdir()} == {
-        "best.pt", "config.json", "curves.png", "initial.pt", "log.jsonl", "summary.json", "test.npz"
+        "best.pt", "config.json", "curves.png", "log.jsonl", "summary.json", "test.npz"
     }  # fmt: skip
 
 
@@ -1430,7 +1429,7 @@ def read_table(path):
     """A Markdown table -> {first cell: {column: cell}}."""
     lines = [line for line in path.read_text().splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    return {row[0]: dict(zip(cells[0], row)) for row in cells[2:]}
+    return {row[0]: dict(zip(cells[0], row)) for row in cells[1:]}
 
 
 def read_csv(path):
@@ -1519,7 +1518,7 @@ def test_ctrl_c_stops_a_sweep_and_its_runs(prepared, tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the test itself was started with
     done = dr_main(*words)
     signal.signal(signal.SIGINT, before)
-    assert done.returncode == 130 and done.stderr.strip().endswith("the same command does what is missing")
+    assert done.returncode == 130 and done.stderr.strip().endswith("the same command resumes")
     size = logged()
     time.sleep(2)
     assert logged() == size  # nothing trains on
@@ -1533,7 +1532,7 @@ def test_ctrl_c_stops_a_sweep_and_its_runs(prepared, tmp_path):
         (["seed"], "words such as"),
         (["augment=yes"], "words such as"),
         (["method=joined"], "method is one of"),
-        (["lam=1,-1"], "lam is 0 or more"),
+        (["lam=1,-1"], "lam is at least 0"),
         (["seed=0,0"], "into the same folder"),
         (["name=a", "seed=0,1"], "into the same folder"),
         (["device=cpu,cuda"], "into the same folder"),
@@ -2067,7 +2066,7 @@ def test_a_wrong_row_of_your_own_data_is_named_by_its_line(line, column, value, 
     ("demo.csv", "label,scan\na,0.png\n", "cannot be called 'demo'"), ("mosi.csv", "", "cannot be called 'mosi'"),
     ("-x y.csv", "label\n", "cannot be called"), ("gone.csv", None, "No such file"), ("empty.csv", "", "cannot be understood.*No columns"),
     ("semicolons.csv", "label;scan\na;0.png\n", "with commas between them"), ("binary.csv", b"\xff\xfe\x00label", "cannot be understood"),
-    ("nul.csv", "label,scan\na,\0.png\n", "have their files there|cannot be understood"), ("one.csv", "label,scan\n" + "a,0.png\n" * 9, "split 0 have their files|in the val split"),
+    ("nul.csv", "label,scan\na,\0.png\n", "have their files there|cannot be understood|empty cell"), ("one.csv", "label,scan\n" + "a,0.png\n" * 9, "split 0 have their files|in the val split"),
 ])  # fmt: skip
 def test_a_table_that_is_none_gets_one_clear_line(name, content, says, tmp_path):
     if content is not None:
@@ -3108,7 +3107,8 @@ def test_bench(tmp_path):
         train = draw_features(sizes[0], n_classes)
         val = draw_features(sizes[1], n_classes)
         start = clock(device)
-        dr.one_thread(dr.purity_gap, *train, *val, n_classes)
+        with threadpool_limits(1):
+            dr.purity_gap(*train, *val, n_classes)
         show(f"diagnosis, k-means, {name}", clock(device) - start, "a modality; all side by side")
     c.folder.mkdir(exist_ok=True)
     states = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "best": model.state_dict()}
