@@ -36,6 +36,7 @@ import scipy.stats
 from sklearn.cluster import KMeans
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.preprocessing import MinMaxScaler
+from threadpoolctl import threadpool_limits
 import torch
 import torch.nn.functional as F
 import torchvision
