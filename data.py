@@ -270,9 +270,11 @@ UCF_ID = re.compile(r"v_(\w+?)_g(\d+)_c\d+", re.IGNORECASE)
 def ucf101(raw, frames=3, keep=1, size=224, fold=1):
     """UCF-101: RGB and optical flow of 13,320 clips, 101 classes -> (clips, classes, specs).
     `raw` holds v_<Class>_gNN_cNN.avi at any depth. The official splits are a rule, so that no lists are needed: fold
-    k tests on groups 7k-6 to 7k. Validation is a tenth of the training groups, since the clips of a group are cut
-    from one video. Flow is TV-L1 where there are pictures of it (see find_flow), else it is computed."""
-    found = {path.stem: path for path in find_files(raw, ".avi") if UCF_ID.fullmatch(path.stem)}
+    k tests on groups 7k-6 to 7k (held against the lists, where they are there). Validation is a tenth of the training
+    groups, since the clips of a group are cut from one video. Flow is TV-L1 where there are pictures of it (see
+    find_flow), else it is computed."""
+    files = find_files(raw, ".avi", ".txt")
+    found = {path.stem: path for path in files if path.suffix != ".txt" and UCF_ID.fullmatch(path.stem)}
     if not found:
         raise DataError(f"{raw} holds no UCF-101: no v_<Class>_gNN_cNN.avi (a .rar or .zip has to be unpacked)")
     classes = sorted({UCF_ID.fullmatch(stem)[1] for stem in found}, key=str.lower)
@@ -283,6 +285,10 @@ def ucf101(raw, frames=3, keep=1, size=224, fold=1):
         split = "test" if (int(group) - 1) // 7 == fold - 1 else "train"
         moves = flow.get(stem.lower(), raw / "u" / stem) if flow else path
         clips.append(Clip(stem, classes.index(name), split, {"flow": moves, "visual": path}))
+    for path in [path for path in files if path.name == f"testlist0{fold}.txt"]:
+        listed = {Path(line).stem.lower() for line in path.read_text().split()}  # which write HandStandPushups
+        if any((clip.id.lower() in listed) != (clip.split == "test") for clip in clips):
+            raise DataError(f"{path} is not UCF-101's own list, groups {7 * fold - 6} to {7 * fold}: move it away")
     draw_splits(clips, test=0, unit=lambda clip: clip.id[:-4])
     source = "TV-L1, from the pictures in the raw folder" if flow else DIS
     specs = {"flow": flow_spec(frames, size, keep, flow=source), "visual": frames_spec(frames, size, keep)}

@@ -105,9 +105,9 @@ def small_resnet(shape, widths=(12, 24, 48, 96)):
     stem = nn.Conv2d(shape[-3], widths[0], kernel_size=3, stride=2, padding=1, bias=False)
     layers = [stem, nn.BatchNorm2d(widths[0]), nn.ReLU()]
     for before, after in zip(widths, widths[1:]):
-        # instead of a convolution with stride 2, which has crashed on CPUs (oneDNN, 12 channels)
-        every_second = nn.MaxPool2d(1, stride=2)
-        shortcut = nn.Sequential(every_second, nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
+        # the pooling is a stride; as the convolution's own it has crashed on CPUs (oneDNN, 12 channels)
+        shortcut = nn.Sequential(nn.MaxPool2d(1, stride=2), nn.Conv2d(before, after, 1, bias=False),
+                                 nn.BatchNorm2d(after))  # fmt: skip
         layers.append(BasicBlock(before, after, stride=2, downsample=shortcut))
     return PictureEncoder(nn.Sequential(*layers), widths[-1])
 
@@ -301,8 +301,8 @@ def average_gradients(model):
     gradients = [p.grad for p in model.parameters()]
     message = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(message)
-    means = (message / dist.get_world_size()).split([g.numel() for g in gradients])
-    for g, mean in zip(gradients, means):
+    message /= dist.get_world_size()
+    for g, mean in zip(gradients, message.split([g.numel() for g in gradients])):
         g.copy_(mean.view_as(g))
 
 
@@ -379,8 +379,8 @@ def train(config):
         loss, accuracy = train_epoch(model, optimiser, dataset.train, config, epoch)
         val = from_main(evaluate, model, dataset.val)
         test = from_main(evaluate, model, dataset.test)
-        entry = {"epoch": epoch, "loss": loss, "train": accuracy, "val": val["accuracy"], "test": test["accuracy"]}
-        entry |= {"val_f1": val["macro F1"], "test_f1": test["macro F1"]}
+        entry = {"epoch": epoch, "loss": loss, "train": accuracy, "val": val["accuracy"], "test": test["accuracy"],
+                 "val_f1": val["macro F1"], "test_f1": test["macro F1"]}  # fmt: skip
         if config.track_purity:
             found = from_main(diagnose, model, dataset.test, dataset.val, *kmeans)
             entry["test_purity"] = {m: p_test for m, (p_test, _, _) in found.items()}
@@ -556,17 +556,16 @@ def relearn_hard(model, initial, gaps, lam, optimiser=None):
 
 def relearn_largest(model, initial, gaps, lam, optimiser=None):
     """D&R of the modality with the largest gap alone."""
-    largest = max(gaps.values())
-    return relearn(model, initial, {m: g if g == largest else 0.0 for m, g in gaps.items()}, lam)
+    largest = max(gaps, key=gaps.get)
+    return dict.fromkeys(gaps, 0.0) | relearn(model, initial, {largest: gaps[largest]}, lam)
 
 
 def relearn_smallest(model, initial, gaps, lam, optimiser=None):
     """D&R of the modality with the smallest gap alone."""
-    smallest = min(gaps.values())
-    return relearn(model, initial, {m: g if g == smallest else 0.0 for m, g in gaps.items()}, lam)
+    smallest = min(gaps, key=gaps.get)
+    return dict.fromkeys(gaps, 0.0) | relearn(model, initial, {smallest: gaps[smallest]}, lam)
 
 
-@torch.no_grad()
 def relearn_statistics(model, initial, gaps, lam, optimiser=None):
     """D&R of batch-norm's running statistics, too."""
     strengths = relearn(model, initial, gaps, lam)
@@ -966,7 +965,7 @@ SUMMARY = """
   at the best validation epoch, {best_val[epoch]:<3}       {best_val[test]:14.1f} % {best_val[test_f1]:9.1f} %
   at the last epoch, {last[epoch]:<3}                  {last[test]:14.1f} % {last[test_f1]:9.1f} %
   as the official code reports it: best test epoch, {best_test[epoch]}: {best_test[test]:.1f} %
-{seconds:.0f} s; config, log, weights and curves are in {folder}/; linear probes of the encoders:"""
+{seconds:.0f} s; config, log, weights and curves are in {config.folder}/; linear probes of the encoders:"""
 
 
 def report_epoch(config, history):
@@ -1002,19 +1001,19 @@ def finish_run(config, model, dataset, history, best_weights):
     seconds = sum(entry["seconds"] for entry in history)
     strength = {m: np.mean([d[m]["strength"] for d in relearnt]) for m in model.encoders if relearnt}
     summary = {"name": config.name, "accuracy": best["test"], "macro F1": best["test_f1"], "strength": strength}
-    summary |= {"probe": probe(model, dataset.train, dataset.test), "folder": str(config.folder)}
+    summary |= {"probe": probe(model, dataset.train, dataset.test)}
     summary |= {"seconds": seconds, "seconds per epoch": seconds / len(history)}
     summary |= {"best_val": best, "last": history[-1], "best_test": max(history, key=lambda entry: entry["test"])}
     data.write_json(config.folder / "summary.json", summary)
     (config.folder / "last.pt").unlink(missing_ok=True)  # only an unfinished run has one
-    print(SUMMARY.format(**summary))
+    print(SUMMARY.format(config=config, **summary))
     for m, accuracy in summary["probe"].items():
         print(f"  {m:<42}{accuracy:14.1f} %")
 
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, and markers that need no colour
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-MARKERS = "os^Dv<>"
+MARKERS = "os^Dv<"
 
 
 def draw_curves(history, path, title, caption):
@@ -1024,9 +1023,9 @@ def draw_curves(history, path, title, caption):
     panels = {"accuracy in %": log[["train", "val", "test"]], "purity gap g": log.filter(regex="gap$").dropna()}
     panels |= {"strength a": relearnt.filter(regex="strength$"), "test purity P": log.filter(regex="^test_purity")}
     panels = {label: values for label, values in panels.items() if values.size}
-    more = len(panels) - 1
-    shape = {"figsize": (7, 3 + 2 * more), "height_ratios": [2] + [1] * more}
-    figure, axes = plt.subplots(1 + more, 1, **shape, sharex=True, squeeze=False, layout="constrained")
+    heights = [2] + [1] * (len(panels) - 1)
+    figure, axes = plt.subplots(len(panels), 1, figsize=(7, 1 + 2 * len(panels)), height_ratios=heights,
+                                sharex=True, squeeze=False, layout="constrained")  # fmt: skip
     for axis, (label, values) in zip(axes[:, 0], panels.items()):
         colours = ["0.6", COLOURS[2], "black"] if label == "accuracy in %" else COLOURS
         names = [column.split(".")[-2:][0] for column in values]
@@ -1050,12 +1049,12 @@ def draw_tsne(path, **changes):
         plane = TSNE(perplexity=min(30, len(x) // 4), init="pca", random_state=0)
         x2 = plane.fit_transform(StandardScaler().fit_transform(x))  # (N, 2)
         for c, name in enumerate(dataset.classes):
-            axis.plot(*x2[labels == c].T, MARKERS[(c + c // 7) % 7], color=COLOURS[c % 7], markersize=3, label=name)
-        axis.set_title(f"{m}, purity {purity(x, labels, len(dataset.classes)):.2f}", fontsize=10, loc="left")
+            axis.plot(*x2[labels == c].T, MARKERS[c % 6], color=COLOURS[c % 7], markersize=3, label=name)
+        axis.set_title(f"{m}, purity {purity(x, labels, len(dataset.classes)):.2f}", loc="left")
         axis.set_axis_off()
     if len(dataset.classes) <= 10:
-        axes[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
-    figure.suptitle(config.name, fontsize=10)
+        axes[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(config.name)
     picture = Path(path).parent / "tsne.png"
     save_figure(figure, picture, f"python dr.py --tsne {path}")
     return picture
@@ -1202,14 +1201,14 @@ def plus_minus(means, spreads, style):
 
 def draw_sweep(runs, path, caption):
     """A panel per metric: a bar with one standard deviation per setting, and a dot per run."""
-    found = list(runs.filter(regex="^(accuracy|probe|strength)"))
+    found = sorted(runs.filter(regex="^(accuracy|probe|strength)"))
     size = (3 * len(found) + 1, 1.4 + 0.26 * runs["setting"].nunique())
     figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis, column in zip(axes[0], found):
         values = runs.groupby("setting", sort=False)[column]
         axis.barh(list(values.groups), values.mean(), xerr=values.std(), color=COLOURS[5])
         axis.plot(runs[column], runs["setting"], ".", color="black", markersize=3)
-        axis.set_title(column, fontsize=10)
+        axis.set_title(column)
     axes[0, 0].invert_yaxis()  # the first row on top
     save_figure(figure, path, caption)
 
