@@ -160,7 +160,7 @@ def cremad_clip(name, audio, visual):
     return Clip(name, EMOTIONS.index(name[9:12]), "train", {"audio": audio, "visual": visual})
 
 
-def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, split="clips", split_dir=None):
+def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, split="clips", split_dir=None):
     """CREMA-D: 7,442 clips, 91 actors, six emotions -> (clips, classes, specs).
     `raw` holds <id>.wav and <id>.flv (or .mp4) at any depth. split "clips" draws 80 / 10 / 10 per cent at random over
     clips, as in the paper: every actor is in all three. "actors" holds out whole actors. `split_dir` holds lists with
@@ -180,7 +180,8 @@ def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, split="clips", split_di
     else:
         draw_splits(clips, unit=lambda clip: clip.id[:4] if split == "actors" else clip.id)
     # one clip of the real set goes on for a minute after a sentence of three seconds
-    return clips, EMOTIONS, {"audio": fbank_spec(128, seconds), "visual": frames_spec(frames, size, keep, longest=10)}
+    specs = {"audio": fbank_spec(bins, seconds, shift), "visual": frames_spec(frames, size, keep, longest=10)}
+    return clips, EMOTIONS, specs
 
 
 def read_splits(folder, clips):
@@ -209,7 +210,7 @@ playing trumpet, playing violin, playing xylophone, ripping paper, shoveling sno
 stomping grapes, tap dancing, tapping guitar, tapping pen, tickling""".replace("\n", " ").split(", ")
 
 
-def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, split_dir=None):
+def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, bins=128, shift=10.0, split_dir=None):
     """Kinetics-Sounds: the clips of 31 classes out of Kinetics-400 -> (clips, classes, specs).
     `raw` holds, at any depth, train and val (or test) with a folder per class, or flat beside train.csv and val.csv
     (label,youtube_id,time_start,...). `split_dir` holds the lists that circulate instead, train.txt and test.txt
@@ -232,7 +233,8 @@ def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, split_dir=None):
         clips[key] = Clip(key, label, split, {"audio": path, "visual": path})
     clips = list(clips.values())
     complete_splits(clips)
-    return clips, KINETICS_SOUNDS, {"audio": fbank_spec(128, seconds), "visual": frames_spec(frames, size, keep)}
+    specs = {"audio": fbank_spec(bins, seconds, shift), "visual": frames_spec(frames, size, keep)}
+    return clips, KINETICS_SOUNDS, specs
 
 
 def clip_key(stem):
@@ -322,7 +324,7 @@ def file_type(path):
     return next((kind for kind, suffixes in FILE_TYPES.items() if str(path).lower().endswith(suffixes)), None)
 
 
-def own_data(table, frames=2, keep=1, size=224, seconds=3.0):
+def own_data(table, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0):
     """Your own clips from a CSV -> (clips, classes, specs).
     It has a column `label`, and may have `split` (train, val or test; else 80 / 10 / 10 per cent are drawn, every
     label in its share), `group` (clips of a group then stay together) and `id`. Every other column is a modality and
@@ -346,7 +348,7 @@ def own_data(table, frames=2, keep=1, size=224, seconds=3.0):
         elif kind == "picture":
             specs[m] = frames_spec(1, size)
         elif kind == "sound" or m == "audio":
-            specs[m] = fbank_spec(128, seconds)
+            specs[m] = fbank_spec(bins, seconds, shift)
         elif m == "flow":
             specs[m] = flow_spec(frames, size, keep, flow=DIS)
         else:
@@ -695,6 +697,8 @@ OPTIONS = {  # what they mean, and how far numbers may go
     "keep": ("frames kept of each segment, for --augment to draw from; odd, so that one is the middle", 1, 99),
     "size": ("pixels of a side", 1, 4096),
     "seconds": ("length of the sound; 10.24 gives the official code's 1,024 frames", 0.025, 3600),
+    "bins": ("mel bands of a spectrogram, its rows", 8, 128),
+    "shift": ("milliseconds from one of its columns to the next", 1, 1000),
     "split": ("clips: at random over clips; actors: whole actors held out",),
     "split_dir": ("folder of the split lists that circulate",),
     "fold": ("which of the three official splits", 1, 3),
