@@ -1098,6 +1098,7 @@ def left_by(folder):
     return log, {k: summary[k] for k in kept} | {"epoch": best["epoch"]}, tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{"fusion": "mbt", "augment": True}, {"method": "ogm-ge"}])  # what draws
 def test_killed_at_any_time_a_run_comes_out_as_the_undisturbed_one(more, runner, prepared, tmp_path):
     start, finish = runner
@@ -1276,6 +1277,7 @@ def double_precision(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["joint", "multitask", "dgl", "dr"])  # linear in the batch
 def test_two_processes_train_and_diagnose_as_one(method, two_processes, double_precision, tmp_path, monkeypatch):
     out, settings = two_processes
@@ -1293,6 +1295,7 @@ def test_two_processes_train_and_diagnose_as_one(method, two_processes, double_p
     assert_close(own_tensors, tensors, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", list(dr.METHODS))
 def test_all_processes_end_with_the_same_weights(method, two_processes):
     out, _ = two_processes
@@ -1303,6 +1306,7 @@ def test_all_processes_end_with_the_same_weights(method, two_processes):
     assert not torch.equal(first["encoders.audio.layer.weight"], before["encoders.audio.layer.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ogm", "mlb", "mmpareto"])  # each process weighs the modalities on its own share
 def test_the_gradient_of_two_processes_is_the_mean_of_their_shares_gradients(method, two_processes, double_precision):
     out, _ = two_processes
@@ -1511,6 +1515,7 @@ def test_a_run_of_a_sweep_that_the_system_kills_is_said(prepared, tmp_path, monk
     assert done.returncode == 2 and "for want of memory" in done.stderr and "same command" in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_a_sweep_and_its_runs(prepared, tmp_path):
     words = sweep_words(prepared, tmp_path, "--sweep", "method=joint,dr", "seed=0,1", jobs=2, epochs=500)
 
@@ -2114,7 +2119,7 @@ def test_the_readmes_example_of_your_own_data(tmp_path, monkeypatch):
         table.writerows(rows[::8])
     assert data_called(*prepare[1].split()).returncode == 0
     dataset = data.load("digits")
-    assert dataset.shapes == {"audio": (1, 128, 60), "scan": (1, 3, 32, 32)} and len(dataset.train) == 150
+    assert dataset.shapes == {"audio": (1, 64, 30), "scan": (1, 3, 32, 32)} and len(dataset.train) == 150
     done = dr_main(*train[1].split(), "--epochs", 1, "--device", "cpu")
     assert done.returncode == 0 and "linear probes" in done.stdout, done.stderr
 
@@ -2324,6 +2329,7 @@ def start(raw, out):
     return process
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_it_goes_on_and_the_arrays_are_the_same_byte_for_byte(crowd, tmp_path):
     (raw, undisturbed), folder = crowd, tmp_path / "cremad"
     journal = folder / "journal.txt"
@@ -2345,6 +2351,7 @@ def test_killed_at_any_time_it_goes_on_and_the_arrays_are_the_same_byte_for_byte
     assert (folder / "manifest.json").read_text() == (undisturbed / "manifest.json").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait", [0.02, 0.5])  # while the workers are started, and later
 def test_ctrl_c_is_one_clear_line_and_exit_130(wait, crowd, tmp_path):
     process = start(crowd[0], tmp_path)
@@ -2375,6 +2382,7 @@ def test_stopped_in_the_middle_of_a_line_of_the_journal_or_before_the_plan(where
     np.testing.assert_array_equal(visual[1], frames_by_hand(crema / f"VideoFlash/{ids[1]}.flv", 2, size))
 
 
+@pytest.mark.slow
 def test_works_under_the_spawn_start_method_and_a_finished_dataset_is_recognised(crema, tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import multiprocessing, sys, data\nif __name__ == '__main__':\n"
@@ -2445,6 +2453,7 @@ def test_an_unknown_codec_is_one_more_bad_clip_and_a_title_that_is_not_unicode_n
     assert bool(reason) == (b"NOBODY" in new)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, fixture", [("cremad", "spoilt"), ("kinetics", "kinetics"), ("ucf101", "ucf")])
 def test_from_the_raw_download_to_a_run(name, fixture, request, tmp_path):
     raw, says = request.getfixturevalue(fixture)
@@ -2788,6 +2797,7 @@ def texts(cells):
     return "".join(o.get("text", "") for o in outputs)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(executed):
     short, _ = executed
     outputs = [o for cell in short.cells if cell.cell_type == "code" for o in cell.outputs]
