@@ -1182,13 +1182,13 @@ def tabulate(runs, names, found):
     first = "method" if "method" in names else "setting"
     alike = ["seed", *(name for name in names if first == "method" and name != "method")]
     runs["difference"] = runs["accuracy"] - runs.groupby(alike)["accuracy"].transform("first")
-    settings = runs.groupby("setting", sort=False)
-    half = settings["difference"].sem() * stats.t.ppf(0.975, settings.size() - 1)  # Student's t
-    table = pd.DataFrame(index=list(settings.groups))
+    groups = runs.groupby("setting", sort=False)
+    half = groups["difference"].sem() * stats.t.ppf(0.975, groups.size() - 1)  # Student's t
+    table = pd.DataFrame(index=list(groups.groups))
     for column in found:
         style = ".2f" if column[0] == "s" else ".1f"
-        table[column] = plus_minus(settings[column].mean(), settings[column].std(), style)
-    versus = plus_minus(settings["difference"].mean(), half, "+.1f").where(settings["difference"].any(), "")
+        table[column] = plus_minus(groups[column].mean(), groups[column].std(), style)
+    versus = plus_minus(groups["difference"].mean(), half, "+.1f").where(groups[first].first() != runs[first][0], "")
     table.insert(1, f"vs {runs[first][0]}", versus)
     return table
 
@@ -1247,7 +1247,8 @@ def main():
     try:
         if given.evaluate:
             model, dataset, _ = load_run(given.evaluate, data=given.data, device=given.device)
-            print("on the test set:", *(f"{k} {v:.1f} %" for k, v in evaluate(model, dataset.test).items()))
+            found = evaluate(model, dataset.test)
+            print("on the test set: accuracy {accuracy:.1f} %, macro F1 {macro F1:.1f} %".format(**found))
         elif given.tsne:
             print(draw_tsne(given.tsne, data=given.data, device=given.device))
         elif given.sweep:

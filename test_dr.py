@@ -2806,16 +2806,19 @@ def test_the_notebook_runs_from_top_to_bottom(executed):
     assert texts(short.cells).count("not yet") == EXERCISE_COUNT  # nobody has solved the exercises
 
 
+@pytest.mark.slow
 def test_the_loop_that_the_reader_writes_is_that_of_train(executed):
     assert "the same to the printed digit" in texts(executed[0].cells)
 
 
+@pytest.mark.slow
 def test_the_sound_by_hand_and_the_stored_arrays_are_those_of_data(executed):
     told = texts(executed[0].cells)
     assert told.count("the same as we have just made: True") == 2
     assert float(re.search(r"largest difference to fbank: ([\d.]+)", told)[1]) < 0.01
 
 
+@pytest.mark.slow
 def test_a_cell_that_trains_can_be_run_twice(executed):
     short, again = executed
     first = next(cell for cell in short.cells if "def one_epoch" in cell.source)
