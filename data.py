@@ -48,6 +48,7 @@ import scipy.io.wavfile
 import scipy.signal
 import torch
 import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
@@ -546,8 +547,13 @@ def read_frames(path, spec):
     if file_type(path) == "picture":  # one frame, turned as its camera says
         with Image.open(path) as picture:
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB").resize((size, size)))[None]
-    # one thread: for one picture, starting several takes ten times as long as the work
-    return np.stack([f.reformat(size, size, "rgb24", threads=1).to_ndarray() for f in pick_frames(path, spec)])
+    return np.stack([convert(frame, size, size, "rgb24") for frame in pick_frames(path, spec)])
+
+
+def convert(frame, width, height, form):
+    """A decoded frame as an array, in one thread: for one picture, starting several takes ten times as long as that.
+    The converter is a new one: PyAV 19 keeps one, and a forked process would wait for its parent's threads for ever."""
+    return VideoReformatter().reformat(frame, width, height, form, threads=1).to_ndarray()
 
 
 def pick_frames(path, spec, pairs=False):
@@ -615,9 +621,8 @@ def read_flow(source, spec):
 
         cv2.setNumThreads(1)
         dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        # one thread: from PyAV 19 on more would hang a process forked later; a copy: OpenCV takes no padded rows
-        grey = [f.reformat(format="gray", threads=1).to_ndarray() for f in pick_frames(source, spec, pairs=True)]
-        grey = [np.ascontiguousarray(picture) for picture in grey]
+        grey = [convert(frame, None, None, "gray") for frame in pick_frames(source, spec, pairs=True)]
+        grey = [np.ascontiguousarray(picture) for picture in grey]  # OpenCV takes no padded rows
         for first, second in zip(grey[::2], grey[1::2]):
             move = 128 + dis.calc(first, second, None) * (127 / 20)  # (H, W, 2)
             axes += map(Image.fromarray, np.uint8(np.clip(move, 0, 255).round()).transpose(2, 0, 1))

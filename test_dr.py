@@ -2382,6 +2382,17 @@ def test_stopped_in_the_middle_of_a_line_of_the_journal_or_before_the_plan(where
     np.testing.assert_array_equal(visual[1], frames_by_hand(crema / f"VideoFlash/{ids[1]}.flv", 2, size))
 
 
+def test_a_process_that_has_converted_frames_in_threads_can_prepare(crema, tmp_path):
+    film = next(crema.glob("VideoFlash/*"))
+    script = tmp_path / "script.py"
+    script.write_text("import sys, data\n"
+                      "for frame in data.pick_frames(data.Path(sys.argv[3]), data.frames_spec(2, 32)):\n"
+                      "    frame.reformat(200, 150, 'rgb24')\n"
+                      "data.prepare('cremad', *sys.argv[1:3], size=32, workers=2)\n")  # fmt: skip
+    done = command(script, crema, tmp_path, film, env={**os.environ, "PYTHONPATH": str(HERE)}, timeout=100)
+    assert done.returncode == 0 and (tmp_path / "cremad/manifest.json").exists(), done.stderr
+
+
 @pytest.mark.slow
 def test_works_under_the_spawn_start_method_and_a_finished_dataset_is_recognised(crema, tmp_path):
     script = tmp_path / "script.py"
