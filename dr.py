@@ -1154,7 +1154,8 @@ def sweep(words, base, jobs=None, name=""):
     stem = Path(base["out"]) / (name or "-".join(["sweep", fixed.name, *words]))
     caption = " ".join(["python dr.py", *flags_of(fixed), "--sweep", *words])
     note = "± standard deviation over seeds; vs: paired over seeds, ± half its 95 % interval"
-    Path(f"{stem}.md").write_text(f"    {caption}\n\n{table.to_markdown(disable_numparse=True)}\n\n{note}\n", encoding="utf-8")
+    markdown = table.to_markdown(disable_numparse=True)
+    Path(f"{stem}.md").write_text(f"    {caption}\n\n{markdown}\n\n{note}\n", encoding="utf-8")
     runs[[*names, "seed", *found]].to_csv(f"{stem}.csv", index=False)
     draw_sweep(runs, f"{stem}.png", caption)
     print(f"\n{table.to_string(line_width=80)}\n\n{note}\n{stem}.md, .csv and .png")

@@ -1507,6 +1507,8 @@ def test_sweeps_that_differ_in_a_fixed_flag_and_the_ensemble_of_their_runs(prepa
     lines = {line["modalities"]: line for line in read_csv(tmp_path / "both.csv")}
     assert set(lines) == {"audio", "visual", "ensemble of audio and visual"}
     assert float(lines["ensemble of audio and visual"]["accuracy"]) == pytest.approx(accuracy)
+    written = {setting: row["accuracy"] for setting, row in read_table(tmp_path / "both.md").items()}
+    assert written == {setting: f"{float(line['accuracy']):.1f}" for setting, line in lines.items()}  # 20.0, not 20
 
 
 def test_a_run_of_a_sweep_that_the_system_kills_is_said(prepared, tmp_path, monkeypatch):
