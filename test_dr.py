@@ -171,21 +171,25 @@ def command(*words, **more):
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=HERE, **more)
 
 
-def dr_main(*words):
-    """`python dr.py words`, but in this process: importing PyTorch takes longer than most of what is tested."""
+def called(module, *words):
+    """`python module.py words`, but in this process: importing PyTorch takes longer than most of what is tested."""
     told = io.StringIO()
     complained = io.StringIO()
     code = 0
     with (
-        mock.patch.object(sys, "argv", ["dr.py", *map(str, words)]),
+        mock.patch.object(sys, "argv", [f"{module.__name__}.py", *map(str, words)]),
         contextlib.redirect_stdout(told),
         contextlib.redirect_stderr(complained),
     ):
         try:
-            dr.main()
+            module.main()
         except SystemExit as end:
             code = end.code
     return SimpleNamespace(returncode=code, stdout=told.getvalue(), stderr=complained.getvalue())
+
+
+dr_main = partial(called, dr)
+data_called = partial(called, data)
 
 
 def assert_one_line(done, *says):
@@ -1575,21 +1579,6 @@ REAL = Path(os.environ["DR_REAL"]) if "DR_REAL" in os.environ else None
 needs_real = pytest.mark.skipif(REAL is None, reason="DR_REAL names no folder of real material")
 
 # --- data.py: helpers --------------------------------------------------------------------------------------
-
-def data_called(*words):
-    """`python data.py words`, but in this process: importing PyTorch takes longer than most of what is tested."""
-    told, complained, code = io.StringIO(), io.StringIO(), 0
-    with (
-        mock.patch.object(sys, "argv", ["data.py", *map(str, words)]),
-        contextlib.redirect_stdout(told),
-        contextlib.redirect_stderr(complained),
-    ):
-        try:
-            data.main()
-        except SystemExit as end:
-            code = end.code
-    return SimpleNamespace(returncode=code, stdout=told.getvalue(), stderr=complained.getvalue())
-
 
 def parts(clips, what=lambda c: c.id):
     return {s: {what(c) for c in clips if c.split == s} for s in ("train", "val", "test")}
