@@ -649,12 +649,24 @@ def read_sound(path, rate=16000):
     with open_media(path) as container:
         if not container.streams.audio:
             raise BadClip("no sound")
-        resampler = av.AudioResampler(format="fltp", rate=rate)
-        parts = [part for frame in container.decode(audio=0) for part in resampler.resample(frame)]
-        chunks = [part.to_ndarray().mean(0) for part in parts + resampler.resample(None)]
-    if sum(map(len, chunks)) < 400:  # less than one window of 25 ms
+        frames = list(container.decode(audio=0))
+    if not frames:
         raise BadClip("no sound")
-    return np.concatenate(chunks)
+    graph = av.filter.Graph()  # what PyAV's AudioResampler does, which starts threads, and waits for them, per file
+    graph.threads = 1
+    first = frames[0]
+    source = graph.add_abuffer(None, first.sample_rate, first.format, first.layout, time_base=first.time_base)
+    resampler = graph.add("aformat", f"sample_fmts=fltp:sample_rates={rate}")
+    graph.link_nodes(source, resampler, graph.add("abuffersink")).configure()
+    for frame in [*frames, None]:  # None: no more will come
+        graph.push(frame)
+    parts = []  # (channels, samples)
+    with suppress(EOFError):
+        while True:
+            parts.append(graph.pull().to_ndarray())
+    if sum(part.shape[1] for part in parts) < 400:  # less than one window of 25 ms
+        raise BadClip("no sound")
+    return np.concatenate(parts, axis=1).mean(0)
 
 
 def fbank(sound, spec, rate=16000):
@@ -1170,7 +1182,6 @@ SIZE = 96
 FPS = 10
 SECONDS = 1.2
 RATE = 16_000
-MP3_RATE = 11_025  # the lowest rate that Flash takes: encoding MP3 is what costs most of the time
 ACTORS = range(1001, 1049)
 LEVELS = {"LO": 0.6, "MD": 0.8, "HI": 1.0}  # intensity; XX, unspecified: anywhere from LO to HI
 
@@ -1224,6 +1235,7 @@ STYLES = {  # ovals behind the head: centre, width, height
     "curly": [(0.95 * np.exp(1j * a) - 0.1j, 0.26, 0.26) for a in np.linspace(-3.3, 0.16, 11)],
     "long": [(-0.2j, 1.04, 0.98), (0.75j, 0.98, 0.75)],
 }
+SHADE = Image.linear_gradient("L").resize((2 * SIZE, 2 * SIZE)).convert("RGB")
 CIRCLE = np.exp(2j * np.pi * np.arange(32) / 32)
 LINE = np.linspace(-1, 1, 15)
 BEND = 1 - LINE**2
@@ -1317,8 +1329,7 @@ def act(look, expression, talk, rng):
     scale = look["size"] * 2 ** rng.normal(0, 0.045)
     turn = scale * np.exp(1j * (look["tilt"] + rng.normal(0, 0.07)))
     wall = Image.new("RGB", (2 * SIZE, 2 * SIZE), mix(BLACK, look["wall"], light))
-    ramp = Image.linear_gradient("L").resize(wall.size).convert("RGB")
-    image = Image.blend(wall, ramp, -0.12)  # brighter above
+    image = Image.blend(wall, SHADE, -0.12)  # brighter above
     draw = ImageDraw.Draw(image)
 
     def paint(colour, edge, back=()):
@@ -1354,7 +1365,8 @@ def say(voice, sentence, tone, rng):
     count = int(np.clip(round(5.6 * 2 ** (0.45 * rate)), 4, 8))
     accent = np.interp(time, np.linspace(0, 1, count + 2), 0.1 * 2**spread * rng.normal(size=count + 2))
     pitch = voice["pitch"] * np.exp2(0.45 * level + 0.6 * (contour - 0.2) * (time - 0.5) + accent)
-    p = np.cumsum(pitch) / RATE % 1 / 0.7  # the glottis is open for 0.7 of a period: flow p^2 (1 - p)
+    turns = np.cumsum(pitch) / RATE
+    p = (turns - np.floor(turns)) / 0.7  # the glottis is open for 0.7 of a period: flow p^2 (1 - p)
     source = (2 * p - 3 * p * p) * (p < 1) + 0.08 * 2 ** (1.5 * breath) * noise
     dark = 0.95 / (1 + np.exp(1.2 * (bright + voice["bright"])))
     source = scipy.signal.lfilter([1 - dark], [1, -dark], source)
@@ -1374,19 +1386,13 @@ def say(voice, sentence, tone, rng):
     return np.clip(sound, -1, 1), talk.reshape(int(FPS * SECONDS), -1).mean(1)
 
 
-def film(path, pictures, sound):
-    """pictures (96, 96, 3) uint8 each, sound (samples,) int16 -> a Flash video: Sorenson H.263 and MP3."""
-    heard = np.int16(np.interp(np.arange(0, len(sound), RATE / MP3_RATE), np.arange(len(sound)), sound))
+def film(path, pictures):
+    """pictures (96, 96, 3) uint8 each -> a Flash video, Sorenson H.263. It is silent: the sound is in the WAV."""
     with av.open(path, "w", format="flv", options={"flush_packets": "0"}) as movie:
         video = movie.add_stream("flv1", FPS, width=SIZE, height=SIZE, bit_rate=400_000)
-        audio = movie.add_stream("libmp3lame", MP3_RATE, layout="mono", bit_rate=48_000,
-                                 options={"compression_level": "9"})  # fmt: skip
-        frame = av.AudioFrame.from_ndarray(heard[None], "s16p", "mono")
-        frame.sample_rate = MP3_RATE
-        packets = audio.encode(frame) + audio.encode()
         for picture in pictures:
-            packets += video.encode(av.VideoFrame.from_ndarray(picture, "rgb24"))
-        movie.mux(packets + video.encode())
+            movie.mux(video.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        movie.mux(video.encode())
 
 
 def perform(raw, seed, index, name):
@@ -1402,9 +1408,8 @@ def perform(raw, seed, index, name):
     mean = intensity * TABLE[emotion]
     expression = np.clip(mean[:6] + FACE_SPREAD * rng.normal(size=6) + look["rest"], -1.3, 1.3)
     sound, talk = say(look, sentence, mean[6:] + VOICE_SPREAD * rng.normal(size=7), rng)
-    sound = np.int16(32767 * sound)
-    scipy.io.wavfile.write(wav + ".part", RATE, sound)
-    film(flv + ".part", act(look, expression, talk, rng), sound)
+    scipy.io.wavfile.write(wav + ".part", RATE, np.int16(32767 * sound))
+    film(flv + ".part", act(look, expression, talk, rng))
     for path in wav, flv:
         os.replace(path + ".part", path)  # a kill leaves no half file under the final name
     return name
