@@ -31,11 +31,12 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import parent_process
@@ -66,6 +67,17 @@ class DataError(Exception):
 
 class BadClip(Exception):
     """One clip that cannot be used: it is skipped, counted, and listed in the manifest."""
+
+
+@contextmanager
+def explained(message):
+    """An error inside means what the message says, and is quoted after it."""
+    try:
+        yield
+    except (DataError, PermissionError):
+        raise
+    except Exception as error:  # what is not what it should be can be wrong in any way
+        raise DataError(f"{message} ({textwrap.shorten(f'{type(error).__name__}: {error}', 120)})") from error
 
 
 # --- 1  The datasets: from a raw folder to clips. One lister each; its keyword arguments are its options. ---
@@ -445,7 +457,8 @@ def prepare_mosi(raw, folder):
     arrays = {}  # {file: array}
     ids = {}
     scale = {}  # {modality: mean and deviation over the training set}
-    try:
+    with explained(f"{raw} is not CMU-MOSI as MMSA or MultiBench lay it out, but damaged, or a web page or git-lfs stub "
+                   "saved in its place: download it anew"):  # fmt: skip
         pickled = PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
         for split, part in ("train", pickled["train"]), ("val", pickled["valid"]), ("test", pickled["test"]):
             for m in "text", "audio", "vision":
@@ -457,9 +470,6 @@ def prepare_mosi(raw, folder):
             score = np.float32(part.get("regression_labels", part.get("labels"))).reshape(len(x), -1)[:, 0]
             arrays[f"{split}/labels"] = np.where(np.isfinite(score), score >= 0, -1)
             ids[split] = [str(i) for i in np.reshape(part.get("id", range(len(x))), (len(x), -1))[:, 0]]
-    except Exception as error:  # what is no pickle of MOSI can be wrong in any way
-        raise DataError(f"{raw} is not CMU-MOSI as MMSA or MultiBench lay it out, but damaged, or a web page or "
-                        f"git-lfs stub saved in its place ({error!r}): download it anew") from None  # fmt: skip
     for name, array in arrays.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / f"{name}.npy", partial(np.save, arr=array))
@@ -756,10 +766,8 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     if (folder / "manifest.json").exists():
         return folder
 
-    try:
+    with explained(f"{raw}: the lists that say which clips there are cannot be understood"):
         clips, classes, specs = lister(raw, **options)
-    except (KeyError, IndexError, TypeError, ValueError, csv.Error) as error:
-        raise DataError(f"the lists that say which clips there are cannot be understood: {error!r}") from error
     splits = {split: [clip for clip in clips if clip.split == split] for split in SPLITS}
     check_files(folder, raw, splits)
     ids = {split: [clip.id for clip in mine] for split, mine in splits.items()}
@@ -949,12 +957,10 @@ def write_json(path, content):
 
 def read_json(path):
     """A plan or a manifest."""
-    try:
+    with explained(f"{path.parent} is damaged, see {path.name}: delete it and prepare it again"):
         content = json.loads(path.read_text())
         content["options"].keys()
         return content
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path.parent} is damaged ({path.name}: {error}): delete it and prepare it again") from error
 
 
 # --- 4  A prepared dataset: loading, batches, augmentation ---
@@ -991,10 +997,8 @@ def load(name, root="prepared", modalities=None):
     folder = Path(root) / name
     if not (folder / "manifest.json").exists():
         raise DataError(how_to_get(name, folder))
-    try:
+    with explained(f"{folder} is damaged: delete it and prepare it again"):
         return open_arrays(name, folder, read_json(folder / "manifest.json"), modalities)
-    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
-        raise DataError(f"{folder} is damaged ({error}): delete it and prepare it again") from error
 
 
 def open_arrays(name, folder, manifest, modalities=None):
@@ -1489,10 +1493,24 @@ def parse(words):
     return args
 
 
+@contextmanager
+def one_line_for_errors(program):
+    """What the user can mend ends the program with one line that says how; so does Ctrl-C."""
+    try:
+        yield
+    except (DataError, FloatingPointError, torch.OutOfMemoryError, OSError) as error:
+        hint = "; when that is mended, the same command resumes" if isinstance(error, OSError) else ""
+        print(f"{program}: {error}{hint}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command resumes", file=sys.stderr)
+        sys.exit(130)
+
+
 def main():
     args = parse(sys.argv[1:])
     folder = args["out"] / args["name"]
-    try:
+    with one_line_for_errors("data.py"):
         if args.pop("show"):
             print(show(args["name"], args["out"]))
             return
@@ -1500,13 +1518,6 @@ def main():
             raise DataError(f"--raw is missing. {how_to_get(args['name'], folder)}")
         prepare(**args)
         manifest = read_json(folder / "manifest.json")
-    except (DataError, OSError) as error:
-        hint = "; when that is mended, the same command resumes" * isinstance(error, OSError)
-        print(f"data.py: {error}{hint}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command resumes from here", file=sys.stderr)
-        sys.exit(130)
     size = sum(p.stat().st_size for p in folder.glob("*/*.npy")) / 1e9
     counts = ", ".join(f"{len(ids):,} {s}" for s, ids in manifest["splits"].items())
     print(f"{folder}: {counts} clips, {size:.2f} GB; {len(manifest['skipped'])} skipped")

@@ -33,6 +33,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import time
 import traceback
@@ -40,6 +41,7 @@ from collections import OrderedDict
 from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import joblib
@@ -51,7 +53,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from joblib.externals.loky import get_reusable_executor
 from scipy import special, stats
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
@@ -60,7 +61,6 @@ from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
-from torchvision.models.resnet import BasicBlock
 from tqdm import tqdm
 
 import data
@@ -108,7 +108,7 @@ def small_resnet(shape, widths=(12, 24, 48, 96)):
         # the pooling is a stride; as the convolution's own it has crashed on CPUs (oneDNN, 12 channels)
         shortcut = nn.Sequential(nn.MaxPool2d(1, stride=2), nn.Conv2d(before, after, 1, bias=False),
                                  nn.BatchNorm2d(after))  # fmt: skip
-        layers.append(BasicBlock(before, after, stride=2, downsample=shortcut))
+        layers.append(torchvision.models.resnet.BasicBlock(before, after, stride=2, downsample=shortcut))
     return PictureEncoder(nn.Sequential(*layers), widths[-1])
 
 
@@ -119,9 +119,8 @@ def choose_encoder(shape, wanted):
     """The name of the encoder for samples of this shape; it can be chosen for pictures only."""
     if len(shape) == 2:  # (T, D)
         return "transformer"
-    if wanted != "auto":
-        return wanted
-    return "small" if shape[-2] <= 64 else "resnet18"
+    usual = "small" if shape[-2] <= 64 else "resnet18"
+    return usual if wanted == "auto" else wanted
 
 
 # ---- 2  Fusion, and the multimodal model -------------------------------------------------------------------------
@@ -200,9 +199,8 @@ def purity(features, labels, n_clusters, n_init=10, seed=0):
         raise ValueError(f"purity takes at least as many samples ({len(x)}) as clusters ({n_clusters})")
     if not np.isfinite(x).all():
         raise FloatingPointError("the features are not finite: training has diverged; try a smaller --lr")
-    low = x.min(0)
-    high = x.max(0)
-    x = 2 * (x - low) / np.where(high > low, high - low, 1) - 1
+    span = np.ptp(x, axis=0)
+    x = 2 * (x - x.min(0)) / np.where(span > 0, span, 1) - 1
     clusters = KMeans(n_clusters, n_init=n_init, random_state=seed).fit_predict(x)  # (N,); it never sees the labels
     classes, y = np.unique(y, return_inverse=True)
     count = np.zeros((n_clusters, len(classes)), dtype=int)
@@ -263,8 +261,7 @@ def initial_weights(model):
 
 def relearn(model, initial, gaps, lam, optimiser=None):
     """D&R: every encoder goes back by the strength of its own gap.
-    `gaps` is {modality: g}, `initial` is initial_weights(model) -> {modality: strength}. Only an ablation looks at the
-    optimiser."""
+    `gaps` is {modality: g}, `initial` initial_weights(model) -> {modality: strength}. An ablation needs `optimiser`."""
     strengths = {m: relearning_strength(g, lam) for m, g in gaps.items()}
     for m, strength in strengths.items():
         soft_reinit(model.own(m), initial[m], strength)
@@ -299,11 +296,9 @@ def step(model, optimiser, inputs, labels, method=joint, t=0.0):
 def average_gradients(model):
     """The mean of all processes' gradients, in one message. Each has weighed the modalities on its own share."""
     gradients = [p.grad for p in model.parameters()]
-    message = torch.cat([g.flatten() for g in gradients])
+    message = nn.utils.parameters_to_vector(gradients)
     dist.all_reduce(message)
-    message /= dist.get_world_size()
-    for g, mean in zip(gradients, message.split([g.numel() for g in gradients])):
-        g.copy_(mean.view_as(g))
+    nn.utils.vector_to_parameters(message / dist.get_world_size(), gradients)
 
 
 def train_epoch(model, optimiser, split, config, epoch):
@@ -312,13 +307,11 @@ def train_epoch(model, optimiser, split, config, epoch):
     rank, world = ranks()
     # dropout and the methods' own draws begin anew, so that a resumed run repeats them
     torch.manual_seed(config.seed + 1000 * epoch + 1000_000 * rank)
-    order = (config.seed, epoch)
-    shuffled = data.batches(split, config.batch_size, order, model.device, config.augment, (rank, world))
-    quiet = rank > 0 or None  # None: unless on a terminal
+    shuffled = data.batches(split, config.batch_size, (config.seed, epoch), model.device, config.augment, (rank, world))
     steps = math.ceil(len(split) / config.batch_size)
     totals = torch.zeros(2, device=model.device)  # loss, right answers: read once, so that no step waits for it
     clips = 0
-    for inputs, labels in tqdm(shuffled, f"epoch {epoch}", steps, leave=False, disable=quiet, ncols=78, unit="step"):
+    for inputs, labels in tqdm(shuffled, f"epoch {epoch}", steps, leave=False, ncols=78, disable=rank > 0 or None):
         loss, logits = step(model, optimiser, inputs, labels, METHODS[config.method], epoch / config.epochs)
         totals += torch.stack([loss * len(labels), (logits.argmax(1) == labels).sum()])
         clips += len(labels) * world
@@ -352,11 +345,10 @@ def evaluate(model, split, batch_size=128):
 
 def train(config):
     """Train one model -> its history, one dict per epoch, and files in <out>/<name>/.
-    An entry holds epoch (from 0), loss, train, val and test accuracy in per cent, val_f1 and test_f1, seconds; when
-    diagnosed also diagnosis {modality: {train, val, gap, strength}} and relearnt (if false, the strength is what it
-    would have been); with --track-purity also test_purity {modality: P}. A run that was stopped resumes from its last
-    checkpoint and, on a CPU, ends bit for bit as if it had not been. Under torchrun each process trains on its share of
-    every batch; the main one alone evaluates, diagnoses and reports."""
+    An entry holds epoch (from 0), loss, train, val and test accuracy in per cent, val_f1, test_f1, seconds; after a
+    diagnosis also diagnosis {modality: {train, val, gap, strength}} and relearnt (if false, nothing went back); with
+    --track-purity test_purity {modality: P}. A stopped run resumes from its last checkpoint and, on a CPU, ends bit for
+    bit as if it had not been. Under torchrun the main process alone evaluates, diagnoses and reports."""
     device = set_up(config)
     dataset = load_dataset(config)
     if device.type == "cuda":
@@ -368,7 +360,6 @@ def train(config):
     history, best = resume(config, model, optimiser)
     from_main(start_run, config, model, dataset, history)
     saved = time.monotonic()
-    kmeans = (len(dataset.classes), config.n_init)
 
     for epoch in range(len(history), config.epochs):
         start = time.monotonic()
@@ -382,21 +373,20 @@ def train(config):
         entry = {"epoch": epoch, "loss": loss, "train": accuracy, "val": val["accuracy"], "test": test["accuracy"],
                  "val_f1": val["macro F1"], "test_f1": test["macro F1"]}  # fmt: skip
         if config.track_purity:
-            found = from_main(diagnose, model, dataset.test, dataset.val, *kmeans)
+            found = from_main(diagnose, model, dataset.test, dataset.val, len(dataset.classes), config.n_init)
             entry["test_purity"] = {m: p_test for m, (p_test, _, _) in found.items()}
         if all(entry["val"] > e["val"] for e in history):
             best = copy.deepcopy(model.state_dict())
 
         if epoch % config.every == 0 and epoch > 0:
-            found = from_main(diagnose, model, dataset.train, dataset.val, *kmeans)
+            found = from_main(diagnose, model, dataset.train, dataset.val, len(dataset.classes), config.n_init)
             gaps = {m: gap for m, (_, _, gap) in found.items()}
             relearnt = sum(e.get("relearnt", False) for e in history)
             due = config.method in RELEARNING and relearnt < config.times
+            strengths = {m: relearning_strength(gap, config.lam) for m, gap in gaps.items()}
             if due:
                 torch.manual_seed(1000 * (config.seed + 1) + epoch)  # dr-new draws, alike on all processes
                 strengths = RELEARNING[config.method](model, initial, gaps, config.lam, optimiser)
-            else:
-                strengths = {m: relearning_strength(gap, config.lam) for m, gap in gaps.items()}
             entry["diagnosis"] = {
                 m: {"train": p_train, "val": p_val, "gap": gap, "strength": strengths[m]}
                 for m, (p_train, p_val, gap) in found.items()
@@ -416,7 +406,6 @@ def train(config):
 # ---- 6  Other methods: rivals of D&R, and D&R with one thing changed ----------------------------------------------
 # Each rival is its official code with that code's defaults; what differs is said. Their uni-modal logits are `parts`
 # of the joint ones, where some official codes train extra heads.
-
 def joint_and_unimodal(model, inputs, labels):
     """One forward pass -> features, logits, the joint loss L, and the sum over modalities of L_m."""
     features = model.features(inputs)
@@ -436,18 +425,18 @@ def multitask(model, inputs, labels, t):
 @torch.no_grad()
 def score_ratios(model, features, labels):
     """How far each modality is ahead -> {modality: r}, scalars: r_m = s_m / the mean of the others' s.
-    s_m is the mean probability that m's part of the logits gives to the right class. For two modalities r is OGM-GE's
-    official ratio; for more the official codes have no rule."""
+    s_m: the mean probability of the right class by m's part of the logits. For two modalities it is OGM-GE's ratio."""
     parts = model.fusion.parts(features)
     s = {m: part.softmax(1).gather(1, labels[:, None]).mean() for m, part in parts.items()}
     return {m: s[m] * (len(s) - 1) / sum(s[n] for n in s if n != m) for m in s}
 
 
-def ogm(model, inputs, labels, t, alpha=0.8, until=0.5, noise=False):
-    """OGM (Peng et al., CVPR 2022): slows the modality that is ahead.
+def ogm_ge(model, inputs, labels, t, alpha=0.8, until=0.5, noise=True):
+    """Slows what is ahead; GE adds noise (Peng et al., CVPR 2022).
     In the first half of training k_m = 1 - tanh(alpha r_m) if r_m > 1, else 1, times the gradients of encoder m's
-    convolutions and linear layers (officially: convolutions). alpha is the authors' for CREMA-D. At r = 1 exactly the
-    official code slows the audio, this one nothing."""
+    convolutions and linear layers (officially: convolutions), plus N(0, std(grad)^2), tensor by tensor, the std before
+    they are slowed. alpha is the authors' for CREMA-D. At r = 1 exactly the official code slows the audio, this one
+    nothing. On several processes each draws noise of its own, and the mean of it is smaller."""
     features = model.features(inputs)
     logits = model.fusion(features)
     loss = F.cross_entropy(logits, labels)
@@ -461,13 +450,6 @@ def ogm(model, inputs, labels, t, alpha=0.8, until=0.5, noise=False):
                 spread = noise * (p.grad.std() + 1e-8)
                 p.grad = factor * p.grad + spread * torch.randn_like(p.grad)
     return loss, logits
-
-
-def ogm_ge(model, inputs, labels, t):
-    """OGM-GE: OGM, and noise on all encoders' gradients.
-    + N(0, std(grad)^2), tensor by tensor, the std before they are slowed. On several processes each draws its own, and
-    the mean of it is smaller."""
-    return ogm(model, inputs, labels, t, noise=True)
 
 
 def mlb(model, inputs, labels, t, alpha=0.5, beta=10.0):
@@ -507,8 +489,7 @@ def mmpareto(model, inputs, labels, t, gamma=1.5):
     """MMPareto (Wei and Hu, ICML 2024): reconciles gradients.
     With g, h an encoder's gradients of L and L_m: new = 2 w g + 2 (1 - w) h, where w = 1/2 if they agree (g.h > 0),
     else at the point of the segment nearest to 0, w = (h.h - g.h) / |g - h|^2. Each tensor that is shorter than g + h
-    is enlarged to that norm; all are multiplied by gamma. The head keeps g + h. So where all gradients agree, this is
-    multitask with 1.5 times the gradient on the encoders."""
+    is enlarged to that norm; all are multiplied by gamma. The head keeps g + h."""
     _, logits, joint_loss, unimodal_loss = joint_and_unimodal(model, inputs, labels)
     parameters = list(model.parameters())
     g = dict(zip(parameters, torch.autograd.grad(joint_loss, parameters, retain_graph=True)))
@@ -554,16 +535,10 @@ def relearn_hard(model, initial, gaps, lam, optimiser=None):
     return relearn(model, initial, dict.fromkeys(gaps, math.inf), 1.0)
 
 
-def relearn_largest(model, initial, gaps, lam, optimiser=None):
-    """D&R of the modality with the largest gap alone."""
-    largest = max(gaps, key=gaps.get)
-    return dict.fromkeys(gaps, 0.0) | relearn(model, initial, {largest: gaps[largest]}, lam)
-
-
-def relearn_smallest(model, initial, gaps, lam, optimiser=None):
-    """D&R of the modality with the smallest gap alone."""
-    smallest = min(gaps, key=gaps.get)
-    return dict.fromkeys(gaps, 0.0) | relearn(model, initial, {smallest: gaps[smallest]}, lam)
+def relearn_one(model, initial, gaps, lam, optimiser=None, which=max):
+    """D&R of the modality with the largest or smallest gap alone."""
+    one = which(gaps, key=gaps.get)
+    return dict.fromkeys(gaps, 0.0) | relearn(model, initial, {one: gaps[one]}, lam)
 
 
 def relearn_statistics(model, initial, gaps, lam, optimiser=None):
@@ -592,10 +567,10 @@ def relearn_new(model, initial, gaps, lam, optimiser=None):
     return relearn(model, initial_weights(stranger), gaps, lam)
 
 
-METHODS |= {"multitask": multitask, "multitask+dr": multitask, "ogm": ogm, "ogm-ge": ogm_ge}
+METHODS |= {"multitask": multitask, "multitask+dr": multitask, "ogm": partial(ogm_ge, noise=False), "ogm-ge": ogm_ge}
 METHODS |= {"mlb": mlb, "opm": opm, "mmpareto": mmpareto, "dgl": dgl}
-RELEARNING |= {"multitask+dr": relearn, "dr-same": relearn_same, "dr-hard": relearn_hard}
-RELEARNING |= {"dr-largest": relearn_largest, "dr-smallest": relearn_smallest, "dr-new": relearn_new}
+RELEARNING |= {"multitask+dr": relearn, "dr-same": relearn_same, "dr-hard": relearn_hard, "dr-new": relearn_new}
+RELEARNING |= {"dr-largest": relearn_one, "dr-smallest": partial(relearn_one, which=min)}
 RELEARNING |= {"dr-statistics": relearn_statistics, "dr-momentum": relearn_momentum}
 METHODS |= {name: joint for name in RELEARNING if name not in METHODS}
 
@@ -637,8 +612,7 @@ class PatchTransformer(nn.Module):
         self.layers = transformer(width, layers)
 
     def forward(self, x):
-        patches = self.embed(x) + self.position  # (B, D, h, w)
-        return self.layers(patches.flatten(2).mT).mT
+        return self.layers((self.embed(x) + self.position).flatten(2).mT).mT
 
 
 def vit(shape, width=128, layers=4):
@@ -732,7 +706,6 @@ FUSIONS |= {"sum": Sum, "film": FiLM, "gated": Gated, "mbt": Bottleneck}
 
 
 # ---- 8  Runs: their settings, checkpoints, several processes ------------------------------------------------------
-
 # CREMA-D's are the official code's; the paper trains its other video datasets alike.
 OFFICIAL = dict(epochs=90, batch_size=64, lr=0.002, weight_decay=1e-4, every=20, times=3, augment=False)
 PRESETS = {
@@ -740,8 +713,8 @@ PRESETS = {
     "cremad": OFFICIAL,  # and any other
     "mosi": OFFICIAL | dict(epochs=30, batch_size=32, lr=0.01, every=6),
 }
-CHOICES = {"method": METHODS, "encoder": ["auto", "resnet18", "small", "vit"], "fusion": FUSIONS,
-           "precision": ["auto", "bf16", "fp32"]}  # fmt: skip
+CHOICES = {"method": METHODS, "fusion": FUSIONS, "precision": ["auto", "bf16", "fp32"]}
+CHOICES["encoder"] = ["auto", "resnet18", "small", "vit"]
 CHECKPOINT_SECONDS = 30  # a kill costs at most so much, and the epoch that it falls into
 
 
@@ -786,37 +759,17 @@ class Config:
                 raise ValueError(f"{key} is at least {least} and less than 2 to the 32, not {value}")
             if key in ("dataset", "name") and (Path(value).name != value or value == ".."):
                 raise ValueError(f"{key} is the name of a folder, without slashes, not {value!r}")
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
-            raise ValueError(f"device is auto, cpu, mps, cuda or one such as cuda:1, not {self.device!r}")
-
-    @property
-    def folder(self):
-        return Path(self.out) / self.name
-
-
-def changed(config):
-    """{field: value} of what is not the default of a config's dataset, but for its name."""
-    usual = {f.name: f.default for f in fields(Config)} | PRESETS.get(config.dataset, OFFICIAL) | {"name": config.name}
-    return {k: v for k, v in asdict(config).items() if v != usual[k]}
+        self.folder = Path(self.out) / self.name
 
 
 def run_name(config):
     """<dataset>-<method>-<what else is not default>-<seed>."""
+    usual = {f.name: f.default for f in fields(Config)} | PRESETS.get(config.dataset, OFFICIAL)
     words = [config.dataset, config.method]
-    for key, value in changed(config).items():
-        if key not in ("dataset", "method", "seed", "device", "data", "out"):
+    for key, value in asdict(config).items():
+        if value != usual[key] and key not in ("dataset", "method", "name", "seed", "device", "data", "out"):
             words.append(value if key == "modalities" else f"{key}={value}")
     return "-".join([*words, str(config.seed)])
-
-
-def flags_of(config):
-    """The command line of a run but for its name: the words that follow `python dr.py`."""
-    words = []
-    for key, value in changed(config).items():
-        words.append(("--no-" if value is False else "--") + key.replace("_", "-"))
-        if not isinstance(value, bool):
-            words.append(str(value))
-    return words
 
 
 def differences(config, settings):
@@ -879,8 +832,7 @@ def why_undefined(config, count):
     """Why method and fusion are not defined for `count` modalities, or ""."""
     if config.fusion in ("film", "gated") and count != 2:
         return f"--fusion {config.fusion} joins two modalities, not {count}: name two with --modalities"
-    compares = METHODS[config.method] is not joint
-    if compares and (count < 2 or not hasattr(FUSIONS[config.fusion], "parts")):
+    if METHODS[config.method] is not joint and (count < 2 or not hasattr(FUSIONS[config.fusion], "parts")):
         return f"--method {config.method} compares modalities: it takes two or more, and --fusion concat or sum"
     return ""
 
@@ -905,12 +857,9 @@ def save(config, name, **content):
 
 def read_checkpoint(path):
     """A checkpoint's content, on the CPU, and its config; raises DataError, or OSError if it cannot be opened."""
-    with open(path, "rb") as file:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-            return content, Config(**content["config"])
-        except Exception as error:  # an unpickler fails in many ways on what is no pickle
-            raise data.DataError(f"{path} is no checkpoint that this dr.py wrote, or it is damaged") from error
+    with open(path, "rb") as file, data.explained(f"{path} is no checkpoint of this dr.py, or it is damaged"):
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        return content, Config(**content["config"])
 
 
 def resume(config, model, optimiser):
@@ -920,27 +869,21 @@ def resume(config, model, optimiser):
         return [], None
     content, _ = read_checkpoint(path)
     if differ := ", ".join(differences(config, content["config"])):
-        raise data.DataError(f"{path} is of an unfinished run with another {differ}: finish that, delete its folder, "
-                             "or give this one another --name")  # fmt: skip
-    try:
+        raise data.DataError(f"{path} is of a run with another {differ}: finish or delete that, or give a --name")
+    with data.explained(f"{path} is not of a run on the {config.dataset} in {config.data}: delete it"):
         model.load_state_dict(content["model"])
         optimiser.load_state_dict(content["optimiser"])
         return content["history"], content["best"]
-    except (RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise data.DataError(f"{path} is not of a run on the {config.dataset} in {config.data}: delete it") from error
 
 
 def load_run(path, **changes):
     """A run's best.pt -> its model, dataset and config; `changes` replace what has moved, such as data, device."""
     content, config = read_checkpoint(path)
     config = replace(config, **changes)
-    device = set_up(config)
     dataset = load_dataset(config)
-    model = make_model(config, dataset, device)
-    try:
+    model = make_model(config, dataset, set_up(config))
+    with data.explained(f"{path} holds no weights for the {config.dataset} that is in {config.data}"):
         model.load_state_dict(content["model"])
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise data.DataError(f"{path} holds no weights for the {config.dataset} that is in {config.data}") from error
     return model, dataset, config
 
 
@@ -981,8 +924,7 @@ def report_epoch(config, history):
 
 
 def probe(model, train, test):
-    """What each encoder knows by itself: test accuracy in per cent of a linear classifier on its frozen features
-    (paper, Fig. 1b and 1c) -> {modality: accuracy}."""
+    """Test accuracy in per cent of a linear classifier on each encoder's frozen features (paper, Fig. 1b and 1c)."""
     x_train, y_train = extract_features(model, train)
     x_test, y_test = extract_features(model, test)
     linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
@@ -996,7 +938,7 @@ def finish_run(config, model, dataset, history, best_weights):
     save(config, "best.pt", epoch=best["epoch"], model=model.state_dict())
     logits, labels = predict(model, dataset.test)
     np.savez(config.folder / "test.npz", logits=logits, labels=labels)
-    draw_curves(history, config.folder / "curves.png", config.name, "python dr.py " + " ".join(flags_of(config)))
+    draw_curves(history, config.folder / "curves.png", config.name)
     relearnt = [e["diagnosis"] for e in history if e.get("relearnt")]
     seconds = sum(entry["seconds"] for entry in history)
     strength = {m: np.mean([d[m]["strength"] for d in relearnt]) for m in model.encoders if relearnt}
@@ -1016,32 +958,30 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "os^Dv<"
 
 
-def draw_curves(history, path, title, caption):
+def draw_curves(history, path, title):
     """Accuracy, purity gap, re-learning strength and, if tracked, test purity over the epochs (paper, Fig. 4)."""
     log = pd.json_normalize(history).set_index("epoch")  # columns such as diagnosis.audio.gap
     relearnt = log[log.get("relearnt", log["val"]).eq(True)]
     panels = {"accuracy in %": log[["train", "val", "test"]], "purity gap g": log.filter(regex="gap$").dropna()}
     panels |= {"strength a": relearnt.filter(regex="strength$"), "test purity P": log.filter(regex="^test_purity")}
     panels = {label: values for label, values in panels.items() if values.size}
-    heights = [2] + [1] * (len(panels) - 1)
-    figure, axes = plt.subplots(len(panels), 1, figsize=(7, 1 + 2 * len(panels)), height_ratios=heights,
-                                sharex=True, squeeze=False, layout="constrained")  # fmt: skip
+    size = (7, 1 + 2 * len(panels))
+    figure, axes = plt.subplots(len(panels), figsize=size, sharex=True, squeeze=False, layout="constrained")
     for axis, (label, values) in zip(axes[:, 0], panels.items()):
         colours = ["0.6", COLOURS[2], "black"] if label == "accuracy in %" else COLOURS
         names = [column.split(".")[-2:][0] for column in values]
         values.set_axis(names, axis=1).plot(ax=axis, style=".-", color=colours, ylabel=label)
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        for epoch in relearnt.index:
-            axis.axvline(epoch, color="0.85", zorder=0)
+        axis.vlines(relearnt.index, 0, 1, color="0.85", zorder=0, transform=axis.get_xaxis_transform())
     axes[0, 0].set_title(title)
     axes[-1, 0].set_xlabel("epoch; grey lines: re-learning")
-    save_figure(figure, path, caption)
+    save_figure(figure, path)
 
 
 def draw_tsne(path, **changes):
     """t-SNE of each encoder's features of the test set, coloured by class (paper, Fig. 3) -> tsne.png beside it."""
-    model, dataset, config = load_run(path, **changes)
+    model, dataset, _ = load_run(path, **changes)
     features, labels = extract_features(model, dataset.test)
     size = (3.4 * len(features) + 1.2, 3.5)
     figure, axes = plt.subplots(1, len(features), figsize=size, squeeze=False, layout="constrained")
@@ -1054,13 +994,12 @@ def draw_tsne(path, **changes):
         axis.set_axis_off()
     if len(dataset.classes) <= 10:
         axes[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(config.name)
     picture = Path(path).parent / "tsne.png"
     save_figure(figure, picture, f"python dr.py --tsne {path}")
     return picture
 
 
-def save_figure(figure, path, caption):
+def save_figure(figure, path, caption=""):
     """Write a picture, without frames, with the command that made it below it."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -1071,8 +1010,7 @@ def save_figure(figure, path, caption):
 
 # ---- 10  Sweeps: a grid of runs, averaged over seeds --------------------------------------------------------------
 def expand(words, base):
-    """The configs of a grid such as ["method=joint,dr", "seed=0,1"] over the flags `base`, without those that are
-    undefined, such as OGM on one modality. Raises ValueError for what is no grid."""
+    """The configs of a grid such as ["method=joint,dr", "seed=0,1"] over the flags `base`, those that are defined."""
     kinds = {f.name: f.type for f in fields(Config)}
     kinds |= dict.fromkeys(("augment", "track_purity"), {"true": True, "false": False}.__getitem__)
     grid = {}
@@ -1107,8 +1045,7 @@ def train_quietly(settings):
 
 
 def run_all(configs, jobs=None):
-    """Train what is not done yet, side by side: a process per GPU, or per CPU core, or `jobs` of them. A run that fails
-    does not stop the others; at the end DataError says which did."""
+    """Train what is not done yet, a process per GPU or core, or `jobs` of them; then DataError says what failed."""
     import dr  # by this name, not as __main__, another process finds the function that it is to run
 
     gpus = torch.cuda.device_count() if configs[0].device in ("auto", "cuda") else 0
@@ -1126,15 +1063,14 @@ def run_all(configs, jobs=None):
     except BrokenExecutor:
         failures = ["the system killed a run, for want of memory as a rule; try a smaller --jobs"]
     finally:  # after Ctrl-C, too, nothing trains on
-        get_reusable_executor().shutdown(kill_workers=True)
+        joblib.externals.loky.get_reusable_executor().shutdown(kill_workers=True)
     if failures:
         count = f"{len(failures)} of {len(configs)} runs failed; the same command tries them again"
         raise data.DataError("\n  ".join([count, *failures]))
 
 
 def sweep(words, base, jobs=None, name=""):
-    """Run the grid that `words` span over the flags `base` and report it: the means over seeds as a Markdown table, all
-    runs as a CSV, a picture -> a DataFrame, a row per run."""
+    """Run the grid that `words` span over the flags `base`, and report it -> a DataFrame with a row per run."""
     configs = expand(words, base)
     if not configs:
         raise data.DataError("no method of this sweep is defined for its modalities and its fusion")
@@ -1149,13 +1085,11 @@ def sweep(words, base, jobs=None, name=""):
     runs.insert(0, "setting", runs[names].astype(str).agg(", ".join, axis=1))
     found = sorted(runs.filter(regex="^(accuracy|macro|probe|strength|seconds per)"))
     table = tabulate(runs, names, found)
-
-    fixed = Config(**base)
-    stem = Path(base["out"]) / (name or "-".join(["sweep", fixed.name, *words]))
-    caption = " ".join(["python dr.py", *flags_of(fixed), "--sweep", *words])
+    stem = Path(base["out"]) / (name or "-".join(["sweep", Config(**base).name, *words]))
+    caption = "python " + shlex.join(sys.argv)
     note = "± standard deviation over seeds; vs: paired over seeds, ± half its 95 % interval"
-    markdown = table.to_markdown(disable_numparse=True)
-    Path(f"{stem}.md").write_text(f"    {caption}\n\n{markdown}\n\n{note}\n", encoding="utf-8")
+    text = f"    {caption}\n\n{table.to_markdown(disable_numparse=True)}\n\n{note}\n"
+    Path(f"{stem}.md").write_text(text, encoding="utf-8")
     runs[[*names, "seed", *found]].to_csv(f"{stem}.csv", index=False)
     draw_sweep(runs, f"{stem}.png", caption)
     print(f"\n{table.to_string(line_width=80)}\n\n{note}\n{stem}.md, .csv and .png")
@@ -1217,7 +1151,10 @@ def draw_sweep(runs, path, caption):
 # ---- 11  Command line ---------------------------------------------------------------------------------------------
 def parse(arguments=None):
     """The command line -> (the fields of Config, all that was given); ends the program on what is wrong."""
-    methods = [f"  {name:<13} {RELEARNING.get(name, f).__doc__.splitlines()[0]}" for name, f in METHODS.items()]
+    methods = []
+    for name, function in (METHODS | RELEARNING).items():
+        doc = getattr(function, "func", function).__doc__  # of what partial was made of
+        methods.append(f"  {name:<13} {doc.splitlines()[0]}")
     parser = argparse.ArgumentParser(usage="python dr.py [--flag value ...]", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     presets = pd.DataFrame(PRESETS).T.to_string()
@@ -1245,7 +1182,7 @@ def parse(arguments=None):
 
 def main():
     settings, given = parse()
-    try:
+    with data.one_line_for_errors("dr.py"):
         if given.evaluate:
             model, dataset, _ = load_run(given.evaluate, data=given.data, device=given.device)
             found = evaluate(model, dataset.test)
@@ -1256,13 +1193,6 @@ def main():
             sweep(given.sweep, settings | {"name": ""}, given.jobs, given.name)
         else:
             train(Config(**settings))
-    except (data.DataError, FloatingPointError, torch.OutOfMemoryError, OSError) as error:
-        hint = "; when that is mended, the same command resumes" if isinstance(error, OSError) else ""
-        print(f"dr.py: {error}{hint}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command resumes", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
