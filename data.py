@@ -457,8 +457,8 @@ def prepare_mosi(raw, folder):
     arrays = {}  # {file: array}
     ids = {}
     scale = {}  # {modality: mean and deviation over the training set}
-    with explained(f"{raw} is not CMU-MOSI as MMSA or MultiBench lay it out, but damaged, or a web page or git-lfs stub "
-                   "saved in its place: download it anew"):  # fmt: skip
+    with explained(f"{raw} is not CMU-MOSI as MMSA or MultiBench lay it out, but damaged, or a web page or a git-lfs "
+                   "stub saved in its place: download it anew"):  # fmt: skip
         pickled = PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
         for split, part in ("train", pickled["train"]), ("val", pickled["valid"]), ("test", pickled["test"]):
             for m in "text", "audio", "vision":
@@ -1100,11 +1100,6 @@ def memory_format(device):
     """How pictures lie in memory: channels last, which convolutions are fastest on. Not on MPS, where the gradients
     of batch-norm were wrong in it until the summer of 2026 (pytorch/pytorch#175189)."""
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
-
-
-def read_inputs(split, modality, rows, device="cpu", rng=None):
-    """Rows of one modality as an encoder takes them: `read_rows`, then `normalise`."""
-    return normalise(read_rows(split, modality, rows, device, rng), split.specs[modality], rng)
 
 
 def augment(x, kind, rng):

@@ -2601,7 +2601,7 @@ def test_a_damaged_dataset_gets_one_clear_line(name, content, small_demo, tmp_pa
 
 def test_batches_hold_every_clip_once_and_repeat_with_the_seed(small_demo):
     split = data.load("demo", small_demo).train
-    whole = {m: data.read_inputs(split, m, split.rows) for m in split.arrays}
+    whole = {m: data.normalise(data.read_rows(split, m, split.rows), split.specs[m]) for m in split.arrays}
 
     def order(seed):
         seen = []
@@ -2741,10 +2741,11 @@ def test_of_several_frames_kept_the_middle_one_is_taken_unless_augmented():
     split = a_split("frames", keep=3)
     spec, array = split.specs["frames"], split.arrays["frames"]
     expected = (array[:, [1, 4]].astype(np.float32) - spec["mean"]) / spec["std"]
-    x = data.read_inputs(split, "frames", np.arange(12))
+    x = data.normalise(data.read_rows(split, "frames", np.arange(12)), spec)
     np.testing.assert_allclose(x.permute(0, 1, 3, 4, 2).numpy(), expected, rtol=1e-4, atol=1e-5)
     split.arrays["frames"] = np.broadcast_to(np.arange(6, dtype=np.uint8)[:, None, None, None], array.shape)
-    y = data.read_inputs(split, "frames", np.arange(12).repeat(9), rng=np.random.default_rng(0))[:, :, 0, 12, 12]
+    rng = np.random.default_rng(0)
+    y = data.normalise(data.read_rows(split, "frames", np.arange(12).repeat(9), rng=rng), spec, rng)[:, :, 0, 12, 12]
     drawn = np.rint(y.numpy() * spec["std"][0] + spec["mean"][0])
     assert {tuple(d) for d in drawn} == {(i, j) for i in (0, 1, 2) for j in (3, 4, 5)}
 
