@@ -74,9 +74,9 @@ def explained(message):
     """An error inside means what the message says, and is quoted after it."""
     try:
         yield
-    except (DataError, PermissionError):
-        raise
     except Exception as error:  # what is not what it should be can be wrong in any way
+        if isinstance(error, (DataError, OSError)) and not isinstance(error, FileNotFoundError):
+            raise  # it tells its own story, such as a full disk
         raise DataError(f"{message} ({textwrap.shorten(f'{type(error).__name__}: {error}', 120)})") from error
 
 

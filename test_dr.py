@@ -2399,6 +2399,32 @@ def test_git_lfs_stubs_are_recognised_at_once(kinds, crema, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("error", [ValueError("odd"), FileNotFoundError("odd"), MemoryError("odd\nlines " + 200 * "x ")])
+def test_what_is_not_what_it_should_be_is_explained_in_one_line(error):
+    with pytest.raises(data.DataError, match=r"it is no list \(\w+Error: odd") as found, data.explained("it is no list"):
+        raise error
+    assert "\n" not in str(found.value) and len(str(found.value)) < 150
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), data.DataError("odd"), KeyboardInterrupt()])
+def test_what_tells_its_own_story_is_let_through(error):
+    with pytest.raises(type(error)) as found, data.explained("it is no list"):
+        raise error
+    assert found.value is error
+
+
+def test_a_disk_that_fills_up_while_the_demo_is_drawn_gets_one_line(tmp_path):
+    resource = pytest.importorskip("resource")  # there is none on Windows
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, unlimited[1]))
+    try:
+        done = data_called("demo", "--clips", 30, "--out", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "File too large" in done.stderr and "the same command resumes" in done.stderr
+
+
 def test_disk_space_is_checked_before(crema, tmp_path, monkeypatch):
     need = 90 * (2 * 50 * 50 * 3 + 128 * 300 * 2)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need - 1))
