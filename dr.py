@@ -296,9 +296,11 @@ def step(model, optimiser, inputs, labels, method=joint, t=0.0):
 def average_gradients(model):
     """The mean of all processes' gradients, in one message. Each has weighed the modalities on its own share."""
     gradients = [p.grad for p in model.parameters()]
-    message = nn.utils.parameters_to_vector(gradients)
+    message = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(message)
-    nn.utils.vector_to_parameters(message / dist.get_world_size(), gradients)
+    means = (message / dist.get_world_size()).split([g.numel() for g in gradients])
+    for g, mean in zip(gradients, means):
+        g.copy_(mean.view_as(g))
 
 
 def train_epoch(model, optimiser, split, config, epoch):
@@ -435,8 +437,7 @@ def ogm_ge(model, inputs, labels, t, alpha=0.8, until=0.5, noise=True):
     """Slows what is ahead; GE adds noise (Peng et al., CVPR 2022).
     In the first half of training k_m = 1 - tanh(alpha r_m) if r_m > 1, else 1, times the gradients of encoder m's
     convolutions and linear layers (officially: convolutions), plus N(0, std(grad)^2), tensor by tensor, the std before
-    they are slowed. alpha is the authors' for CREMA-D. At r = 1 exactly the official code slows the audio, this one
-    nothing. On several processes each draws noise of its own, and the mean of it is smaller."""
+    they are slowed; on several processes from each. At r = 1 the official code slows the audio. alpha is for CREMA-D."""
     features = model.features(inputs)
     logits = model.fusion(features)
     loss = F.cross_entropy(logits, labels)

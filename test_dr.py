@@ -1243,6 +1243,18 @@ def small_problem():
     return model, inputs, torch.arange(12) % 4
 
 
+def test_averaged_gradients_stay_in_their_places_in_any_memory_format(monkeypatch):
+    torch.manual_seed(0)
+    model = dr.MultimodalModel(TWO, 4, "small").to(memory_format=torch.channels_last)
+    inputs, labels = draw_batch(TWO)
+    alone = gradients(model, dr.joint, inputs, labels)
+    assert not all(g.is_contiguous() for g in alone.values())
+    monkeypatch.setattr(dr.dist, "all_reduce", lambda message: message.mul_(5))  # the other process has four times ours
+    monkeypatch.setattr(dr.dist, "get_world_size", lambda: 2)
+    dr.average_gradients(model)
+    assert_close({n: p.grad for n, p in model.named_parameters()}, {n: 2.5 * g for n, g in alone.items()})
+
+
 @pytest.fixture(scope="session")
 def two_processes(prepared, tmp_path_factory):
     """Every method, by two processes -> their folder, and the settings."""
