@@ -70,13 +70,13 @@ class BadClip(Exception):
 
 
 @contextmanager
-def explained(message):
-    """An error inside means what the message says, and is quoted after it."""
+def explained(message, *let_through):
+    """An error inside means what the message says, and is quoted after it, but for those that tell their own story."""
     try:
         yield
+    except (DataError, PermissionError, *let_through):
+        raise
     except Exception as error:  # what is not what it should be can be wrong in any way
-        if isinstance(error, (DataError, OSError)) and not isinstance(error, FileNotFoundError):
-            raise  # it tells its own story, such as a full disk
         raise DataError(f"{message} ({textwrap.shorten(f'{type(error).__name__}: {error}', 120)})") from error
 
 
@@ -766,7 +766,7 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     if (folder / "manifest.json").exists():
         return folder
 
-    with explained(f"{raw}: the lists that say which clips there are cannot be understood"):
+    with explained(f"{raw}: the lists that say which clips there are cannot be understood", OSError):
         clips, classes, specs = lister(raw, **options)
     splits = {split: [clip for clip in clips if clip.split == split] for split in SPLITS}
     check_files(folder, raw, splits)
