@@ -1102,7 +1102,7 @@ def test_killed_at_any_time_a_run_comes_out_as_the_undisturbed_one(more, runner,
     while code == -signal.SIGKILL:
         child = start(config(prepared, tmp_path / "torn", **more))
         if kills < 6:
-            time.sleep(random.random() * lasted / 4)
+            time.sleep(random.random() * lasted / 6)
             with contextlib.suppress(ProcessLookupError):  # it has finished
                 os.kill(child, signal.SIGKILL)
         kills += 1
