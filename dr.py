@@ -435,9 +435,9 @@ def score_ratios(model, features, labels):
 
 def ogm_ge(model, inputs, labels, t, alpha=0.8, until=0.5, noise=True):
     """Slows what is ahead; GE adds noise (Peng et al., CVPR 2022).
-    In the first half of training k_m = 1 - tanh(alpha r_m) if r_m > 1, else 1, times the gradients of encoder m's
-    convolutions and linear layers (officially: convolutions), plus N(0, std(grad)^2), tensor by tensor, the std before
-    they are slowed; on several processes from each. At r = 1 the official code slows the audio. alpha: CREMA-D's."""
+    In the first half of training the gradients of encoder m's convolutions and linear layers (officially: convolutions)
+    times k_m = 1 - tanh(alpha r_m) if r_m > 1 (officially the audio's at r = 1, too), else 1, plus N(0, std(grad)^2),
+    tensor by tensor, each process its own, the std before they are slowed. alpha is the authors' for CREMA-D."""
     features = model.features(inputs)
     logits = model.fusion(features)
     loss = F.cross_entropy(logits, labels)
