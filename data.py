@@ -719,6 +719,7 @@ READERS = {"frames": read_frames, "flow": read_flow, "fbank": read_fbank, "seque
 # --- 3  Preparing: on all cores, in place, and resuming where it was stopped ---
 
 MAX_BAD = {"kinetics": 50.0}  # many of its clips are gone
+JOURNAL_EVERY = 2.0  # seconds: flushing every clip to the disk would be slow
 OPTIONS = {  # what they mean, and how far numbers may go
     "frames": ("frames per clip, at the middles of equal segments", 1, 1000),
     "keep": ("frames kept of each segment, for --augment to draw from; odd, so that one is the middle", 1, 99),
@@ -824,7 +825,7 @@ def prepare_clips(folder, plan, splits, workers, max_bad):
                 if len(bad) > max_bad / 100 * len(jobs):
                     raise DataError(f"{len(bad)} of {len(jobs):,} clips cannot be used, more than --max-bad "
                                     f"{max_bad:g} per cent; the last: {', '.join(bad[-1][1:])}")  # fmt: skip
-                if time.monotonic() - saved > 2:
+                if time.monotonic() - saved > JOURNAL_EVERY:
                     save_journal(journal, safe, paths)
                     saved = time.monotonic()
     finally:

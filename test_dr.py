@@ -1093,8 +1093,8 @@ def left_by(folder):
 def test_killed_at_any_time_a_run_comes_out_as_the_undisturbed_one(more, runner, prepared, tmp_path):
     start, finish = runner
     more = {"epochs": 6, "times": 2, "n_init": 2, **more}
-    began = time.monotonic()
     start(config(prepared, tmp_path / "whole", **more))
+    began = time.monotonic()  # dr.py is imported by now
     assert finish() == 0
     lasted = time.monotonic() - began
     kills = 0
@@ -1107,7 +1107,7 @@ def test_killed_at_any_time_a_run_comes_out_as_the_undisturbed_one(more, runner,
                 os.kill(child, signal.SIGKILL)
         kills += 1
         code = finish()
-    assert code == 0 and kills > 4  # the last one was not killed
+    assert code == 0 and kills > 3  # the last one was not killed
     log, summary, tensors = left_by(tmp_path / "whole/run")
     log_again, summary_again, tensors_again = left_by(tmp_path / "torn/run")
     assert len(log) == 6 and log == log_again
@@ -2306,9 +2306,18 @@ def test_bad_clips_are_skipped_with_their_reasons_and_the_others_are_whole(spoil
             np.testing.assert_array_equal(part.arrays["audio"][row], fbank_by_hand(raw / f"AudioWAV/{i}.wav", 300))
 
 
+# `data.py` at 200 clips a second at most, so that it is still at work when it is stopped, on a fast machine, too
+UNHURRIED = """
+import time, data
+data.JOURNAL_EVERY, read_file = 0.05, data.read_file
+data.read_file = lambda path, spec: time.sleep(0.005) or read_file(path, spec)  # two files a clip
+data.main()
+"""
+
+
 def start(raw, out):
-    """`python data.py cremad` in a process group of its own, returned when it is at work."""
-    words = [sys.executable, "data.py", "cremad", "--raw", raw, "--out", out, "--size", "32", "--workers", "2"]
+    """`python data.py cremad`, unhurried, in a process group of its own, returned when it is at work."""
+    words = [sys.executable, "-c", UNHURRIED, "cremad", "--raw", raw, "--out", out, "--size", "32", "--workers", "2"]
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background jobs ignore Ctrl-C
     process = subprocess.Popen(
         words, cwd=HERE, start_new_session=True, stderr=subprocess.PIPE, text=True, preexec_fn=heed
@@ -2323,19 +2332,22 @@ def test_killed_at_any_time_it_goes_on_and_the_arrays_are_the_same_byte_for_byte
     (raw, undisturbed), folder = crowd, tmp_path / "cremad"
     journal = folder / "journal.txt"
     done = lambda: journal.read_text().count("\n") if journal.exists() else 0  # noqa: E731
-    for kill in os.killpg, os.killpg, os.kill:  # at last the command alone: its workers end by themselves
-        process, before = start(raw, tmp_path), done()
-        while kill is os.kill and done() == before and process.poll() is None:  # until more is in the journal
+    # soon, and twice when 30 more clips are done; at last the command alone: its workers end by themselves
+    for kill, more in (os.killpg, 0), (os.killpg, 30), (os.kill, 30):
+        before = done()
+        process = start(raw, tmp_path)
+        while done() < before + more and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(random.random() if kill is os.killpg else 0)
+        time.sleep(0.2 * random.random())
         kill(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)  # returns when no worker holds the other end any more
+        assert process.returncode == -signal.SIGKILL
     read, real = [], data.in_parallel
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "in_parallel", lambda work, jobs, workers: read.extend(jobs) or real(work, jobs, workers))
         rest = 360 - done()
         data.prepare("cremad", raw, tmp_path, size=32, workers=2)
-    assert len(read) == rest < 360  # what is done is not read again
+    assert len(read) == rest <= 300  # what is done is not read again
     assert arrays(folder) == arrays(undisturbed) and not list(tmp_path.rglob("*.new"))
     assert (folder / "manifest.json").read_text() == (undisturbed / "manifest.json").read_text()
 
