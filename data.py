@@ -939,7 +939,7 @@ def save_journal(journal, safe, paths):
 
 
 def write_atomically(path, write):
-    """Have write(file) make a file that is there whole or not at all, even after a power cut."""
+    """Write a file by write(file), atomically: even a power cut leaves the old one or the new one."""
     new = path.with_suffix(".new")
     try:
         with open(new, "wb") as file:

@@ -2306,7 +2306,7 @@ def test_bad_clips_are_skipped_with_their_reasons_and_the_others_are_whole(spoil
             np.testing.assert_array_equal(part.arrays["audio"][row], fbank_by_hand(raw / f"AudioWAV/{i}.wav", 300))
 
 
-# `data.py` at 200 clips a second at most, so that it is still at work when it is stopped, on a fast machine, too
+# `data.py` at 200 clips per second at most: on a fast machine, too, it is still at work when it is stopped
 UNHURRIED = """
 import time, data
 data.JOURNAL_EVERY, read_file = 0.05, data.read_file
@@ -3204,7 +3204,7 @@ def test_bench(tmp_path):
         start = clock(device)
         with threadpool_limits(1):
             dr.purity_gap(*train, *val, n_classes)
-        show(f"diagnosis, k-means, {name}", clock(device) - start, "a modality; all side by side")
+        show(f"diagnosis, k-means, {name}", clock(device) - start, "per modality; all side by side")
     c.folder.mkdir(exist_ok=True)
     states = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "best": model.state_dict()}
     found = measure(device, {"": partial(dr.save, c, "last.pt", **states)}, 2)
