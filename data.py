@@ -107,7 +107,7 @@ def flow_spec(count, size, keep=1, **more):
 
 
 def fbank_spec(bins, seconds, shift=10.0):  # the official code's (x + 4.503877) / (2 * 5.141276)
-    return {"kind": "fbank", "bins": bins, "shift": shift, "shape": [1, bins, round(seconds * 1000 / shift)],
+    return {"kind": "fbank", "bins": bins, "shift": shift, "shape": [1, bins, max(1, round(seconds * 1000 / shift))],
             "dtype": "float16", "mean": -4.503877, "std": 2 * 5.141276}  # fmt: skip
 
 
@@ -154,14 +154,14 @@ def draw_splits(clips, val=0.1, test=0.1, unit=lambda clip: clip.id):
                 clip.split = split
 
 
-def complete_splits(clips):
-    """Without a test set, validation becomes it; without a validation set, a tenth of the training clips does."""
+def complete_splits(clips, unit=lambda clip: clip.id):
+    """Without a test set, validation becomes it; without a validation set, a tenth of the training units does."""
     splits = {clip.split for clip in clips}
     if "test" not in splits:
         for clip in clips:
             clip.split = clip.split.replace("val", "test")
     if not {"val", "test"} <= splits:
-        draw_splits(clips, test=0)
+        draw_splits(clips, test=0, unit=unit)
 
 
 EMOTIONS = ["ANG", "DIS", "FEA", "HAP", "NEU", "SAD"]
@@ -181,6 +181,8 @@ def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, s
     What FFmpeg can read of the four clips known to be bad is kept: see README.md."""
     if split not in ("clips", "actors"):
         raise DataError(f"--split is clips or actors, not {split}")
+    if split == "actors" and split_dir:
+        raise DataError("--split actors draws the splits, --split-dir takes them from lists: give one of the two")
     sounds = {path.stem: path for path in find_files(raw, ".wav")}
     pictures = {path.stem: path for path in find_files(raw, ".flv", ".mp4")}
     ids = sorted(filter(CREMAD_ID.fullmatch, {**sounds, **pictures}))
@@ -345,15 +347,15 @@ def own_data(table, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.
     or (D,) numbers a feature sequence; a video in a column `audio` becomes sound, in one called `flow` flow."""
     rows, types = read_table(table)
     classes = sorted(set(rows["label"]))
+    if len(classes) < 2:
+        raise DataError(f"{table}: every clip has the label {classes[0]}: there is nothing to tell apart")
     clips = []
     for row in rows.to_dict("records"):
         files = {m: table.parent / row[m] for m in types}
         clips.append(Clip(row["id"], classes.index(row["label"]), split_of(row.get("split", "train")), files))
-    if "split" in rows:
-        complete_splits(clips)
-    else:
-        groups = dict(zip(rows["id"], rows.get("group", rows["id"])))
-        draw_splits(clips, unit=lambda clip: groups[clip.id])
+    groups = dict(zip(rows["id"], rows.get("group", rows["id"])))
+    draw = complete_splits if "split" in rows else draw_splits
+    draw(clips, unit=lambda clip: groups[clip.id])
     specs = {}
     for m, kind in types.items():
         if kind == "features":
@@ -371,7 +373,7 @@ def own_data(table, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.
 
 def read_table(table):
     """The CSV's rows, each with an id, and {modality: type of its files}; a wrong row is named by its line."""
-    cells = pd.read_csv(table, header=None, dtype=str, keep_default_na=False, skip_blank_lines=False)
+    cells = pd.read_csv(table, header=None, dtype=str, keep_default_na=False, skip_blank_lines=False).map(str.strip)
     rows = cells[1:].set_axis(cells.loc[0].tolist(), axis=1)
     rows.index += 1  # its line
     rows = rows[(rows != "").any(axis=1)]
@@ -451,11 +453,17 @@ def prepare_mosi(raw, folder):
     if not raw.is_file():
         raise DataError(f"--raw {raw} is no file: it takes the pickle itself, as aligned_50.pkl")
     content = raw.read_bytes()
-    if raw.name == "aligned_50.pkl" and hashlib.sha256(content).hexdigest() != MOSI_SHA256:
+    sha256 = hashlib.sha256(content).hexdigest()
+    options = {"raw": raw.name, "sha256": sha256[:12]}
+    check_options(folder, options)
+    if (folder / "manifest.json").exists():
+        return folder
+    if raw.name == "aligned_50.pkl" and sha256 != MOSI_SHA256:
         print(f"warning: {raw} is not the {raw.name} that MMSA publishes: its SHA-256 is another", file=sys.stderr)
     specs = {}
     arrays = {}  # {file: array}
     ids = {}
+    skipped = []
     scale = {}  # {modality: mean and deviation over the training set}
     with explained(f"{raw} is not CMU-MOSI as MMSA or MultiBench lay it out, but damaged, or a web page or a git-lfs "
                    "stub saved in its place: download it anew"):  # fmt: skip
@@ -466,15 +474,18 @@ def prepare_mosi(raw, folder):
                 present = is_present(x, m, part)  # (N, T)
                 scale.setdefault(m, statistics(x[present]))
                 arrays[f"{split}/{m}"] = standardise(x, present, *scale[m])
-                specs[m] = {"kind": "sequence", "shape": list(x.shape[1:]), "dtype": "float32"}
+                spec = {"kind": "sequence", "shape": list(x.shape[1:]), "dtype": "float32"}
+                if specs.setdefault(m, spec) != spec or len(x) != len(part["text"]):
+                    raise ValueError(f"in {split}, {m} has the shape {x.shape}")
             score = np.float32(part.get("regression_labels", part.get("labels"))).reshape(len(x), -1)[:, 0]
             arrays[f"{split}/labels"] = np.where(np.isfinite(score), score >= 0, -1)
             ids[split] = [str(i) for i in np.reshape(part.get("id", range(len(x))), (len(x), -1))[:, 0]]
+            skipped += [[split, ids[split][row], "no score"] for row in np.flatnonzero(~np.isfinite(score))]
     for name, array in arrays.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / f"{name}.npy", partial(np.save, arr=array))
-    write_json(folder / "manifest.json", {"dataset": "mosi", "options": {"raw": raw.name}, "modalities": specs,
-               "classes": ["negative", "non-negative"], "splits": ids, "skipped": []})  # fmt: skip
+    write_json(folder / "manifest.json", {"dataset": "mosi", "options": options, "modalities": specs,
+               "classes": ["negative", "non-negative"], "splits": ids, "skipped": skipped})  # fmt: skip
     return folder
 
 
@@ -554,16 +565,25 @@ def is_stub(path):
 def read_frames(path, spec):
     """Frames at the middles of equal parts of a clip, squeezed to squares: (count * keep, size, size, 3) uint8."""
     size = spec["size"]
-    if file_type(path) == "picture":  # one frame, turned as its camera says
-        with Image.open(path) as picture:
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB").resize((size, size)))[None]
+    if file_type(path) == "picture":
+        return read_picture(path, size)[None]
     return np.stack([convert(frame, size, size, "rgb24") for frame in pick_frames(path, spec)])
 
 
+def read_picture(path, size):
+    """A picture, turned as its camera says, squeezed to a square: (size, size, 3) uint8."""
+    with Image.open(path) as picture:
+        if picture.mode[0] in "IF":  # 16 or 32 bits: converting would cut the values off at 255
+            raise BadClip("more than 8 bits per pixel: save it with 8")
+        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB").resize((size, size)))
+
+
 def convert(frame, width, height, form):
-    """A decoded frame as an array, in one thread: for one picture, starting several takes ten times as long as that.
-    The converter is a new one: PyAV 19 keeps one, and a forked process would wait for its parent's threads for ever."""
-    return VideoReformatter().reformat(frame, width, height, form, threads=1).to_ndarray()
+    """A decoded frame as an array, turned as its camera says. In one thread: for one picture, starting several takes
+    ten times as long as that. The converter is a new one: PyAV 19 keeps one, and a forked process would wait for its
+    parent's threads for ever."""
+    picture = VideoReformatter().reformat(frame, width, height, form, threads=1).to_ndarray()
+    return np.rot90(picture, round(frame.rotation / 90))  # counterclockwise
 
 
 def pick_frames(path, spec, pairs=False):
@@ -646,7 +666,7 @@ def flow_pictures(folder):
     u = sorted(folder.glob("flow_x*.jpg"))
     v = sorted(folder.glob("flow_y*.jpg"))
     if not u:
-        twin = re.sub("/u/(([^/]+/)?[^/]+)$", r"/v/\1", folder.as_posix())
+        twin = re.sub(r"(^|/)u/(([^/]+/)?[^/]+)$", r"\1v/\2", folder.as_posix())
         u = sorted(folder.glob("*.jpg"))
         v = sorted(Path(twin).glob("*.jpg"))
     if not u or len(u) != len(v):
@@ -666,17 +686,18 @@ def read_sound(path, rate=16000):
     graph.threads = 1
     first = frames[0]
     source = graph.add_abuffer(None, first.sample_rate, first.format, first.layout, time_base=first.time_base)
-    resampler = graph.add("aformat", f"sample_fmts=fltp:sample_rates={rate}")
+    resampler = graph.add("aformat", f"sample_fmts=flt:sample_rates={rate}")
     graph.link_nodes(source, resampler, graph.add("abuffersink")).configure()
     for frame in [*frames, None]:  # None: no more will come
         graph.push(frame)
-    parts = []  # (channels, samples)
+    parts = []  # (samples, channels)
     with suppress(EOFError):
         while True:
-            parts.append(graph.pull().to_ndarray())
-    if sum(part.shape[1] for part in parts) < 400:  # less than one window of 25 ms
+            part = graph.pull()
+            parts.append(part.to_ndarray().reshape(part.samples, -1))
+    if sum(map(len, parts)) < 400:  # less than one window of 25 ms
         raise BadClip("no sound")
-    return np.concatenate(parts, axis=1).mean(0)
+    return np.concatenate(parts).mean(1)
 
 
 def fbank(sound, spec, rate=16000):
@@ -759,11 +780,7 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     recorded = json.loads(json.dumps(options, default=str))
     if own:  # an edited table makes another dataset
         recorded["csv"] = hashlib.sha256(raw.read_bytes()).hexdigest()[:12]
-    for made in folder / "manifest.json", folder / "plan.json":
-        before = read_json(made)["options"] if made.exists() else recorded
-        if before != recorded:
-            changed = ", ".join(f"{k} {before.get(k)}, now {v}" for k, v in recorded.items() if before.get(k) != v)
-            raise DataError(f"{folder} was made with other parameters ({changed}): delete it, or give another --out")
+    check_options(folder, recorded)
     if (folder / "manifest.json").exists():
         return folder
 
@@ -791,15 +808,30 @@ def default_options(lister):
     return {p.name: p.default for p in list(inspect.signature(lister).parameters.values())[1:]}
 
 
+def check_options(folder, options):
+    """What was made, or begun, with other options is not touched."""
+    for made in folder / "manifest.json", folder / "plan.json":
+        before = read_json(made)["options"] if made.exists() else options
+        if before != options:
+            changed = ", ".join(f"{k} {before.get(k)}, now {v}" for k, v in options.items() if before.get(k) != v)
+            raise DataError(f"{folder} was made with other parameters ({changed}): delete it, or give another --out")
+
+
 def check_files(folder, raw, splits):
     """Before any work: every split has clips, of which the files are there, and not as git-lfs stubs."""
+    if empty := [split for split, clips in splits.items() if not clips]:
+        raise DataError(f"{raw}: no clip is in the {empty[0]} split: a list of the splits is missing, or there are too "
+                        "few clips, or groups of them, to draw from. Nothing was prepared")  # fmt: skip
     for split, clips in splits.items():
-        there = sum(all(path.exists() and not is_stub(path) for path in clip.files.values()) for clip in clips)
+        missing = {}  # {clip: a file of it that is not there}
+        for clip in clips:
+            missing |= {clip.id: path for path in clip.files.values() if not path.exists() or is_stub(path)}
+        there = len(clips) - len(missing)
         if there <= 0.1 * len(clips):
-            what, source = SOURCES.get(folder.name, ("it whole", "all files"))
+            source = " Get {}: {}".format(*SOURCES[folder.name]) if folder.name in SOURCES else ""
             raise DataError(f"{raw}: of {len(clips):,} clips in the {split} split {there} have their files there, "
-                            "git-lfs stubs not counted; is a part of the download, or a list of the splits, missing? "
-                            f"Nothing was prepared. Get {what}: {source}")  # fmt: skip
+                            f"git-lfs stubs not counted; {next(iter(missing.values()))} is missing. Is a part of the "
+                            f"download? Nothing was prepared.{source}")  # fmt: skip
 
 
 def prepare_clips(folder, plan, splits, workers, max_bad):
@@ -911,19 +943,29 @@ def make_arrays(folder, plan):
     for split, ids in plan["splits"].items():
         for m, spec in plan["modalities"].items():
             wanted[folder / split / f"{m}.npy"] = (spec["dtype"], (len(ids), *spec["shape"]))
-    new = {path: array for path, array in wanted.items() if not path.exists()}
+    new = {path: array for path, array in wanted.items() if not is_array(path, *array)}
     size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in new.values())
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if size > free:
         raise DataError(f"{folder} will take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
                         "give another --out, or a smaller --size")  # fmt: skip
+    if new or not (folder / "plan.json").exists():  # what a journal may tell of is not there
+        (folder / "journal.txt").unlink(missing_ok=True)
     write_json(folder / "plan.json", plan)
     for path, (dtype, shape) in new.items():
         path.parent.mkdir(exist_ok=True)
         np.lib.format.open_memmap(path.with_suffix(".new"), "w+", dtype, shape)
         os.replace(path.with_suffix(".new"), path)
     return list(wanted)
+
+
+def is_array(path, dtype, shape):
+    """Whether such an array is there, whole."""
+    with suppress(OSError, ValueError, EOFError):
+        array = np.load(path, mmap_mode="r")
+        return array.dtype == dtype and array.shape == shape
+    return False
 
 
 def save_journal(journal, safe, paths):
@@ -1512,8 +1554,12 @@ def main():
             return
         if args.get("raw", "") is None:
             raise DataError(f"--raw is missing. {how_to_get(args['name'], folder)}")
+        made = (folder / "manifest.json").exists()
         prepare(**args)
         manifest = read_json(folder / "manifest.json")
+        load(args["name"], args["out"])  # what is damaged is said
+    if made:
+        print(f"{folder} was there already; to prepare it anew, delete it")
     size = sum(p.stat().st_size for p in folder.glob("*/*.npy")) / 1e9
     counts = ", ".join(f"{len(ids):,} {s}" for s, ids in manifest["splits"].items())
     print(f"{folder}: {counts} clips, {size:.2f} GB; {len(manifest['skipped'])} skipped")

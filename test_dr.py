@@ -2034,7 +2034,8 @@ def test_your_own_data_with_every_kind_of_column(clips, tmp_path):
             z = (x - steps.mean(0)) / steps.std(0)
             np.testing.assert_allclose(inputs["text"][row, : len(x)], z, atol=1e-5)
             assert (inputs["text"][row, len(x) :] == 0).all()
-    assert data_called(table, "--out", tmp_path, "--size", 16, "--frames", 3, "--keep", 3, "--seconds", 0.5).returncode == 0
+    done = data_called(table, "--out", tmp_path, "--size", 16, "--frames", 3, "--keep", 3, "--seconds", 0.5)
+    assert done.returncode == 0 and "was there already; to prepare it anew, delete it" in done.stdout
     write_csv(table, header, [[*row[:-1], "a"] if k == 3 else row for k, row in enumerate(rows)])
     done = data_called(table, "--out", tmp_path, "--size", 16, "--frames", 3, "--keep", 3, "--seconds", 0.5)
     assert done.returncode == 2 and "was made with other parameters (csv" in done.stderr
@@ -2052,6 +2053,12 @@ def test_splits_groups_and_ids_of_your_own_data(clips):
     listed = data.own_data(table)[0]
     groups = parts(listed, lambda c: (int(c.id[5:]) - 2) // 2)
     assert [len(g) for g in groups.values()] == [8, 1, 1] and len(set.union(*groups.values())) == 10
+    table = write_csv(folder / "both.csv", ["scan", "label", "group", "split"], [
+        [r[3], f" {r[-1]} ", f"g{k // 2}", "train" if k < 16 else "test"] for k, r in enumerate(rows)])  # fmt: skip
+    listed, classes, _ = data.own_data(table)
+    groups = parts(listed, lambda c: (int(c.id[5:]) - 2) // 2)
+    assert groups["test"] == {8, 9} and len(groups["val"]) == 1 and len(groups["train"] - groups["val"]) == 7
+    assert classes == ["a", "b"]
 
 
 @pytest.mark.parametrize("line, column, value, says", [
@@ -2079,7 +2086,8 @@ def test_a_wrong_row_of_your_own_data_is_named_by_its_line(line, column, value, 
     ("demo.csv", "label,scan\na,0.png\n", "cannot be called 'demo'"), ("mosi.csv", "", "cannot be called 'mosi'"),
     ("-x y.csv", "label\n", "cannot be called"), ("gone.csv", None, "No such file"), ("empty.csv", "", "cannot be understood.*No columns"),
     ("semicolons.csv", "label;scan\na;0.png\n", "with commas between them"), ("binary.csv", b"\xff\xfe\x00label", "cannot be understood"),
-    ("nul.csv", "label,scan\na,\0.png\n", "have their files there|cannot be understood|empty cell"), ("one.csv", "label,scan\n" + "a,0.png\n" * 9, "split 0 have their files|in the val split"),
+    ("nul.csv", "label,scan\n" + "a,\0.png\nb,\0.png\n" * 9, "have their files there|cannot be understood|empty cell"), ("one.csv", "label,scan\n" + "a,0.png\n" * 9, "nothing to tell apart"),
+    ("two.csv", "label,scan\na,0.png\nb,1.png\n", "no clip is in the val split.*too few clips"), ("gone.csv", "label,scan\n" + "a,gone.png\nb,gone.png\n" * 9, "0 have their files.*gone.png is missing"),
 ])  # fmt: skip
 def test_a_table_that_is_none_gets_one_clear_line(name, content, says, tmp_path):
     if content is not None:
@@ -2116,15 +2124,17 @@ def test_the_readmes_example_of_your_own_data(tmp_path, monkeypatch):
 def test_bad_files_of_your_own_data_are_skipped_and_listed(clips, tmp_path):
     folder, _, rows = clips
     (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
+    Image.fromarray(np.full((9, 9), 3000, np.uint16)).save(folder / "deep.png")
     np.save(folder / "wide.npy", np.ones((2, 9)))
     np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
-    names = [["bad.png", rows[0][5]], [rows[1][3], "wide.npy"], [rows[2][3], "objects.npy"], ["gone.png", rows[3][5]]]
-    lines = [*names, *([row[3], row[5]] for row in rows[4:])]
+    names = [["bad.png", rows[0][5]], [rows[1][3], "wide.npy"], [rows[2][3], "objects.npy"], ["gone.png", rows[3][5]],
+             ["deep.png", rows[4][5]]]  # fmt: skip
+    lines = [*names, *([row[3], row[5]] for row in rows[5:])]
     table = write_csv(folder / "spoilt.csv", ["scan", "text", "label"], [[*line, "ab"[k % 2]] for k, line in enumerate(lines)])
     done = data_called(table, "--out", tmp_path, "--size", 8, "--max-bad", 30)
-    assert done.returncode == 0 and "4 skipped" in done.stdout, done.stderr
+    assert done.returncode == 0 and "5 skipped" in done.stdout, done.stderr
     skipped = {i: r for _, i, r in json.loads((tmp_path / "spoilt/manifest.json").read_text())["skipped"]}
-    for line, says in (2, "cannot identify image file"), (3, "9 features, where the others have 6"), (4, "Python objects"), (5, "missing"):
+    for line, says in (2, "cannot identify image file"), (3, "9 features, where the others have 6"), (4, "Python objects"), (5, "missing"), (6, "more than 8 bits"):
         assert says in skipped[f"line {line}"]
 
 
@@ -2177,6 +2187,27 @@ def test_mosi_is_cleaned_masked_and_standardised_on_the_training_set(layout, tmp
         z[~np.broadcast_to(steps["test"] if layout == "mmsa" else np.arange(6) < 4, (20, 6))] = 0
         inputs, _ = next(data.batches(dataset.test, 20))
         np.testing.assert_allclose(inputs[m], z, rtol=1e-3, atol=1e-3)
+
+
+def test_mosi_is_not_overwritten_and_what_has_no_score_is_listed(tmp_path):
+    raw = mosi_pickle(tmp_path / "mosi.pkl", "mmsa")
+    raw["valid"]["regression_labels"][5] = np.nan
+    (tmp_path / "mosi.pkl").write_bytes(pickle.dumps(raw))
+    done = data_called("mosi", "--raw", tmp_path / "mosi.pkl", "--out", tmp_path)
+    assert done.returncode == 0 and "v$_$5 (val): no score" in done.stdout and len(data.load("mosi", tmp_path).val) == 19
+    mosi_pickle(tmp_path / "mosi.pkl", "mmsa", seed=1)
+    done = data_called("mosi", "--raw", tmp_path / "mosi.pkl", "--out", tmp_path)
+    assert done.returncode == 2 and "was made with other parameters (sha256" in done.stderr
+
+
+@pytest.mark.parametrize("rows, steps", [(slice(9), slice(None)), (slice(None), slice(5))])
+def test_mosi_whose_arrays_do_not_fit_together_is_refused(rows, steps, tmp_path):
+    raw = mosi_pickle(tmp_path / "mosi.pkl", "multibench")
+    raw["test"]["audio"] = raw["test"]["audio"][rows, steps]
+    (tmp_path / "mosi.pkl").write_bytes(pickle.dumps(raw))
+    with pytest.raises(data.DataError, match="in test, audio has the shape"):
+        data.prepare("mosi", tmp_path / "mosi.pkl", tmp_path)
+    assert not (tmp_path / "mosi").exists()
 
 
 def test_a_hostile_pickle_runs_nothing(tmp_path):
@@ -2254,6 +2285,9 @@ def test_the_sound_of_a_film_is_the_tone_that_was_put_in(name, tmp_path):
 
 
 def test_sound_is_mixed_to_mono_and_resampled(tmp_path):
+    many = np.random.default_rng(1).normal(0, 3000, (1000, 8)).astype(np.int16)
+    scipy.io.wavfile.write(tmp_path / "8.wav", 16000, many)
+    np.testing.assert_allclose(data.read_sound(tmp_path / "8.wav"), many.mean(1) / 32768, atol=1e-6)
     stereo = np.random.default_rng(0).normal(0, 3000, (88200, 2))
     stereo = scipy.signal.sosfilt(scipy.signal.butter(4, 3000, fs=44100, output="sos"), stereo, axis=0)
     scipy.io.wavfile.write(tmp_path / "a.wav", 44100, np.int16(stereo))
@@ -2270,7 +2304,27 @@ def test_the_flow_of_a_texture_is_how_it_moves(move, tmp_path):
     np.testing.assert_allclose(np.median(pixels, (1, 2)), [move] * 3, atol=0.25)
 
 
-def test_precomputed_flow_is_read_at_the_middles(tmp_path):
+def turn(path):
+    """The same film as an MP4 that is to be shown turned: right becomes down, down becomes left."""
+    content = path.read_bytes()
+    start = content.index(b"tkhd") + 44  # of the matrix
+    matrix = np.array([0, 1 << 16, 0, -1 << 16, 0, 0], ">i4").tobytes()
+    turned = path.with_stem("turned")
+    turned.write_bytes(content[:start] + matrix + content[start + 24 :])
+    return turned
+
+
+def test_a_film_is_turned_as_its_camera_says(tmp_path):
+    upright = film(tmp_path / "upright.mp4", **H264)
+    frames = data.read_frames(upright, data.frames_spec(2, 32))  # (2, 32, 32, 3)
+    turned = data.read_frames(turn(upright), data.frames_spec(2, 32))
+    np.testing.assert_array_equal(turned, frames.transpose(0, 2, 1, 3)[:, :, ::-1])
+    flow = data.read_flow(turn(film(tmp_path / "a.mp4", **H264, move=(3, 0))), data.flow_spec(1, 48))
+    u, v = np.median(flow, (0, 1, 2))
+    assert abs(u - 128) < 3 and v > 140  # what went to the right goes down
+
+
+def test_precomputed_flow_is_read_at_the_middles(tmp_path, monkeypatch):
     folders = tmp_path / "u/v_A_g01_c01", tmp_path / "v/v_A_g01_c01"
     for folder, offset in zip(folders, (0, 100)):
         folder.mkdir(parents=True)
@@ -2278,6 +2332,8 @@ def test_precomputed_flow_is_read_at_the_middles(tmp_path):
             Image.new("L", (80, 60), offset + 10 * i).save(folder / f"frame{i + 1:06d}.jpg", quality=100)
     flow = data.read_flow(folders[0], data.flow_spec(3, 16))
     np.testing.assert_allclose(flow.mean((1, 2)), [[10, 110], [50, 150], [80, 180]], atol=1)
+    monkeypatch.chdir(tmp_path)
+    np.testing.assert_array_equal(data.read_flow(Path("u/v_A_g01_c01"), data.flow_spec(3, 16)), flow)
     (folders[1] / "frame000004.jpg").unlink()
     with pytest.raises(data.BadClip, match="10 pictures of flow in u, 9 in v"):
         data.read_flow(folders[0], data.flow_spec(3, 16))
@@ -2381,6 +2437,25 @@ def test_stopped_in_the_middle_of_a_line_of_the_journal_or_before_the_plan(where
         np.load(folder / "train/visual.npy"),
     )
     np.testing.assert_array_equal(visual[1], frames_by_hand(crema / f"VideoFlash/{ids[1]}.flv", 2, size))
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "plan gone"])
+def test_a_journal_is_believed_only_of_arrays_that_are_there(damage, crema, tmp_path, monkeypatch):
+    whole = arrays(data.prepare("cremad", crema, tmp_path / "whole", size=32, workers=1))
+    write = data.write_atomically
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "write_atomically", lambda path, *more: stop() if path.stem == "labels" else write(path, *more))
+        data.prepare("cremad", crema, tmp_path, size=32, workers=1)
+    folder = tmp_path / "cremad"
+    array = folder / "train/visual.npy"
+    if damage == "gone":
+        array.unlink()
+    elif damage == "cut":
+        array.write_bytes(array.read_bytes()[:5000])
+    else:
+        np.load(array, mmap_mode="r+")[:] = 0  # as if of other clips
+        (folder / "plan.json").unlink()
+    assert arrays(data.prepare("cremad", crema, tmp_path, size=32, workers=1)) == whole
 
 
 def test_a_process_that_has_converted_frames_in_threads_can_prepare(crema, tmp_path):
@@ -2617,7 +2692,8 @@ def test_a_damaged_journal_means_reading_some_clips_again(crema, tmp_path, monke
 
 @pytest.mark.parametrize("words", [
     ["--size", "x"], ["--size", "0"], ["--size", "99999999999999999999"], ["--seconds", "nan"], ["--seconds", "inf"],
-    ["--frames", "-1"], ["--keep", "2"], ["--split", "people"], ["--split-dir", "/nowhere"], ["--workers", "-3"],
+    ["--frames", "-1"], ["--keep", "2"], ["--split", "people"], ["--split-dir", "/nowhere"],
+    ["--split", "actors", "--split-dir", "."], ["--workers", "-3"],
     ["--max-bad", "nan"], ["--max-bad", "101"], ["--raw", "/nowhere"], ["--nonsense"], ["--out", "/dev/null"]])  # fmt: skip
 def test_wrong_flags_get_one_line(words, crema, tmp_path):
     done = data_called("cremad", "--raw", crema, "--out", tmp_path / "out", *words)
