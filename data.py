@@ -1044,6 +1044,11 @@ def load(name, root="prepared", modalities=None):
         return open_arrays(name, folder, read_json(folder / "manifest.json"), modalities)
 
 
+def fingerprint(name, root="prepared"):
+    """A few letters that tell apart which clips a prepared dataset holds, and how they were prepared."""
+    return hashlib.sha256((Path(root) / name / "manifest.json").read_bytes()).hexdigest()[:12]
+
+
 def open_arrays(name, folder, manifest, modalities=None):
     """The memory maps that a manifest tells of -> Dataset."""
     specs = manifest["modalities"]
@@ -1173,7 +1178,7 @@ def augment(x, kind, rng):
 def batches(split, batch_size, seed=None, device="cpu", augmented=False, part=(0, 1)):
     """Yield ({modality: tensor (B, ...)}, labels (B,)) over one split, once.
     With a seed (an int or a tuple of ints) in random order, the same for the same seed; without, in the order of the
-    clips. The last batch may be smaller: no clip is lost, none comes twice.
+    clips. The last batch may be smaller, or, lest it be a single clip, larger: none is lost, none comes twice.
     part=(rank, world), for random order, is one process's piece of every batch. All pieces of a batch are of one
     size, so that the mean of their gradients is the batch's: some clips of a last batch that cannot be shared out
     evenly come twice."""
@@ -1185,6 +1190,8 @@ def batches(split, batch_size, seed=None, device="cpu", augmented=False, part=(0
     if seed is not None:
         order = np.random.default_rng(seed).permutation(len(split))
     pieces = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if seed is not None and len(pieces) > 1 and len(pieces[-1]) <= world:  # batch-norm takes two clips at least
+        pieces[-2:] = [np.concatenate(pieces[-2:])]
     if seed is not None and world > 1:
         pieces = [np.resize(piece, -(-len(piece) // world) * world)[rank::world] for piece in pieces]
 

@@ -10,8 +10,7 @@ encoder is pulled back towards its initial weights, the further the larger g:
     a = tanh(lambda * g)        theta <- (1 - a) * theta + a * theta_init
 
     python dr.py                       D&R on the demo, drawn on the spot
-    python dr.py --method joint        the same network, trained and left alone
-    python dr.py --method ogm-ge       a rival; all methods are listed below
+    python dr.py --method joint        trained and left alone; more: --help
     python dr.py --modalities audio    one modality alone
     python dr.py --dataset cremad      after python data.py cremad --raw ...
     python dr.py --sweep method=joint,dr seed=0,1,2      a grid, over seeds
@@ -473,9 +472,8 @@ def opm(model, inputs, labels, t, base=0.5, gain=0.5, chance=0.7, warm_up=0.05):
     Some modality is always behind, so no sample loses all."""
     features = model.features(inputs)
     if t > warm_up and torch.rand(()) < chance:
-        q = {}
-        for m, ratio in score_ratios(model, features, labels).items():
-            q[m] = torch.where(ratio > 1, base * (1 + gain * torch.tanh(ratio - 1)), 0.0)
+        ratios = score_ratios(model, features, labels)
+        q = {m: torch.where(r > 1, base * (1 + gain * torch.tanh(r - 1)), 0.0) for m, r in ratios.items()}
         theta = sum(q[m] * x.shape[1] for m, x in features.items()) / sum(x.shape[1] for x in features.values())
         for m, x in features.items():
             keep = torch.rand(len(x), 1, device=x.device) >= q[m]
@@ -555,10 +553,9 @@ def relearn_statistics(model, initial, gaps, lam, optimiser=None):
 def relearn_momentum(model, initial, gaps, lam, optimiser):
     """D&R, and the optimiser's momentum set to 0."""
     strengths = relearn(model, initial, gaps, lam)
-    for m, strength in strengths.items():
+    for m in [m for m, strength in strengths.items() if strength > 0]:
         for p in model.own(m).parameters():
-            if strength > 0:
-                optimiser.state.pop(p, None)
+            optimiser.state.pop(p, None)
     return strengths
 
 
@@ -707,11 +704,10 @@ FUSIONS |= {"sum": Sum, "film": FiLM, "gated": Gated, "mbt": Bottleneck}
 
 
 # ---- 8  Runs: their settings, checkpoints, several processes ------------------------------------------------------
-# CREMA-D's are the official code's; the paper trains its other video datasets alike.
 OFFICIAL = dict(epochs=90, batch_size=64, lr=0.002, weight_decay=1e-4, every=20, times=3, augment=False)
 PRESETS = {
     "demo": OFFICIAL | dict(epochs=30, lr=0.05, every=5, times=4, augment=True),
-    "cremad": OFFICIAL,  # and any other
+    "cremad": OFFICIAL,  # the official code's, and any other dataset's: the paper trains its video datasets alike
     "mosi": OFFICIAL | dict(epochs=30, batch_size=32, lr=0.01, every=6),
 }
 CHOICES = {"method": METHODS, "fusion": FUSIONS, "precision": ["auto", "bf16", "fp32"]}
@@ -762,6 +758,9 @@ class Config:
                 raise ValueError(f"{key} is the name of a folder, without slashes, not {value!r}")
         self.folder = Path(self.out) / self.name
 
+    def stored(self):  # what is written of it: all fields, and which clips were prepared how
+        return asdict(self) | {"manifest": data.fingerprint(self.dataset, self.data)}
+
 
 def run_name(config):
     """<dataset>-<method>-<what else is not default>-<seed>."""
@@ -774,8 +773,14 @@ def run_name(config):
 
 
 def differences(config, settings):
-    """The fields in which a run differs from the settings of another; where they run is not among them."""
-    return [k for k, v in asdict(config).items() if k not in ("device", "data", "out") and v != settings.get(k)]
+    """In what a run differs from the stored settings of another; where they run is not among it."""
+    return [k for k, v in config.stored().items() if k not in ("device", "data", "out") and v != settings.get(k)]
+
+
+def is_done(config):
+    """Has this very run been finished, on whatever device?"""
+    settings = config.folder / "config.json"
+    return (config.folder / "summary.json").exists() and not differences(config, json.loads(settings.read_text()))
 
 
 def set_up(config):
@@ -787,16 +792,14 @@ def set_up(config):
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cuda" and gpus:
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}"
-    try:
+    with data.explained(f"--device {name} cannot be used here"):
         device = torch.ones(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise data.DataError(f"--device {name}: {str(error).splitlines()[0]}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 is exact
     if "RANK" in os.environ and not dist.is_initialized():
-        nccl = device.type == "cuda" and gpus >= int(os.environ["LOCAL_WORLD_SIZE"])
+        nccl = config.device in ("auto", "cuda") and gpus >= int(os.environ["LOCAL_WORLD_SIZE"])
         # the others wait, for a day if need be, while the main process evaluates and diagnoses
         dist.init_process_group("nccl" if nccl else "gloo", timeout=timedelta(days=1))
     return device
@@ -820,17 +823,18 @@ def load_dataset(config):
     if config.dataset == "demo" and not (Path(config.data) / "demo" / "manifest.json").exists():
         from_main(data.prepare, "demo", None, config.data)
     dataset = data.load(config.dataset, config.data, config.modalities.split("+") if config.modalities else None)
-    if min(len(dataset.train), len(dataset.val)) < len(dataset.classes):
-        raise data.DataError("a diagnosis takes at least as many training and validation clips as there are classes")
-    if reason := why_undefined(config, len(dataset.shapes)):
+    if min(len(dataset.train), len(dataset.val), len(dataset.test)) < len(dataset.classes):
+        raise data.DataError("a diagnosis takes at least as many clips of every split as there are classes")
+    if reason := why_undefined(config, "+".join(dataset.shapes)):
         raise data.DataError(reason)
     if config.noise_audio:
         data.add_noise(dataset, "audio", config.noise_audio)
     return dataset
 
 
-def why_undefined(config, count):
-    """Why method and fusion are not defined for `count` modalities, or ""."""
+def why_undefined(config, modalities):
+    """Why method and fusion are not defined for these modalities, or ""."""
+    count = modalities.count("+") + 1
     if config.fusion in ("film", "gated") and count != 2:
         return f"--fusion {config.fusion} joins two modalities, not {count}: name two with --modalities"
     if METHODS[config.method] is not joint and (count < 2 or not hasattr(FUSIONS[config.fusion], "parts")):
@@ -852,7 +856,7 @@ def make_model(config, dataset, device="cpu"):
 def save(config, name, **content):
     """Write a checkpoint into the run's folder, atomically."""
     buffer = io.BytesIO()  # into a file torch.save does not say when the disk is full
-    torch.save({"config": asdict(config), **content}, buffer)
+    torch.save({"config": config.stored(), **content}, buffer)
     data.write_atomically(config.folder / name, lambda file: file.write(buffer.getbuffer()))
 
 
@@ -860,7 +864,7 @@ def read_checkpoint(path):
     """A checkpoint's content, on the CPU, and its config; raises DataError, or OSError if it cannot be opened."""
     with open(path, "rb") as file, data.explained(f"{path} is no checkpoint of this dr.py, or it is damaged"):
         content = torch.load(file, map_location="cpu", weights_only=True)
-        return content, Config(**content["config"])
+        return content, Config(**{k: v for k, v in content["config"].items() if k != "manifest"})
 
 
 def resume(config, model, optimiser):
@@ -883,17 +887,20 @@ def load_run(path, **changes):
     config = replace(config, **changes)
     dataset = load_dataset(config)
     model = make_model(config, dataset, set_up(config))
-    with data.explained(f"{path} holds no weights for the {config.dataset} that is in {config.data}"):
-        model.load_state_dict(content["model"])
+    if differences(config, content["config"]):
+        raise data.DataError(f"{path} is of a run on another {config.dataset} than the one that is in {config.data}")
+    model.load_state_dict(content["model"])
     return model, dataset, config
 
 
 # ---- 9  What a run shows and leaves behind ------------------------------------------------------------------------
 def start_run(config, model, dataset, history):
     """Make the run's folder, write its config, and say what is about to be trained."""
+    if (config.folder / "summary.json").exists() and not is_done(config):
+        raise data.DataError(f"{config.folder} holds another finished run: give a --name, or delete it")
     config.folder.mkdir(parents=True, exist_ok=True)
     (config.folder / "summary.json").unlink(missing_ok=True)  # only a finished run has one
-    data.write_json(config.folder / "config.json", asdict(config))
+    data.write_json(config.folder / "config.json", config.stored())
     sizes = " / ".join(f"{len(split):,}" for split in (dataset.train, dataset.val, dataset.test))
     print(f"{config.name}: {sizes} clips for training / validation / test, {len(dataset.classes)} classes")
     for m, encoder in model.encoders.items():
@@ -954,8 +961,7 @@ def finish_run(config, model, dataset, history, best_weights):
         print(f"  {m:<42}{accuracy:14.1f} %")
 
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, and markers that need no colour
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
 MARKERS = "os^Dv<"
 
 
@@ -975,7 +981,7 @@ def draw_curves(history, path, title):
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         axis.vlines(relearnt.index, 0, 1, color="0.85", zorder=0, transform=axis.get_xaxis_transform())
-    axes[0, 0].set_title(title)
+    axes[0, 0].set_title(title, parse_math=False)
     axes[-1, 0].set_xlabel("epoch; grey lines: re-learning")
     save_figure(figure, path)
 
@@ -987,7 +993,7 @@ def draw_tsne(path, **changes):
     size = (3.4 * len(features) + 1.2, 3.5)
     figure, axes = plt.subplots(1, len(features), figsize=size, squeeze=False, layout="constrained")
     for axis, (m, x) in zip(axes[0], features.items()):
-        plane = TSNE(perplexity=min(30, len(x) // 4), init="pca", random_state=0)
+        plane = TSNE(perplexity=max(1, min(30, len(x) // 4)), init="pca", random_state=0)
         x2 = plane.fit_transform(StandardScaler().fit_transform(x))  # (N, 2)
         for c, name in enumerate(dataset.classes):
             axis.plot(*x2[labels == c].T, MARKERS[c % 6], color=COLOURS[c % 7], markersize=3, label=name)
@@ -1011,7 +1017,7 @@ def save_figure(figure, path, caption=""):
 
 # ---- 10  Sweeps: a grid of runs, averaged over seeds --------------------------------------------------------------
 def expand(words, base):
-    """The configs of a grid such as ["method=joint,dr", "seed=0,1"] over the flags `base`, those that are defined."""
+    """The configs of a grid such as ["method=joint,dr", "seed=0,1"] over the flags `base`."""
     kinds = {f.name: f.type for f in fields(Config)}
     kinds |= dict.fromkeys(("augment", "track_purity"), {"true": True, "false": False}.__getitem__)
     grid = {}
@@ -1022,14 +1028,7 @@ def expand(words, base):
             grid[key] = [kinds[key](value) for value in values.split(",")]
         except (ValueError, KeyError):
             raise ValueError(f"--sweep takes words such as method=joint,dr or lam=1,2.5, not {word!r}") from None
-    configs = [Config(**base | dict(zip(grid, values))) for values in itertools.product(*grid.values())]
-    return [c for c in configs if not c.modalities or not why_undefined(c, c.modalities.count("+") + 1)]
-
-
-def is_done(config):
-    """Has this very run been finished, on whatever device?"""
-    settings = config.folder / "config.json"
-    return (config.folder / "summary.json").exists() and not differences(config, json.loads(settings.read_text()))
+    return [Config(**base | dict(zip(grid, values))) for values in itertools.product(*grid.values())]
 
 
 def train_quietly(settings):
@@ -1050,7 +1049,7 @@ def run_all(configs, jobs=None):
     import dr  # by this name, not as __main__, another process finds the function that it is to run
 
     gpus = torch.cuda.device_count() if configs[0].device in ("auto", "cuda") else 0
-    jobs = jobs or gpus or os.cpu_count()
+    jobs = jobs or gpus or (1 if torch.accelerator.is_available() and configs[0].device != "cpu" else os.cpu_count())
     todo = [asdict(c) for c in configs if not is_done(c)]
     for k, settings in enumerate(todo if gpus else []):
         settings["device"] = f"cuda:{k % gpus}"
@@ -1072,13 +1071,13 @@ def run_all(configs, jobs=None):
 
 def sweep(words, base, jobs=None, name=""):
     """Run the grid that `words` span over the flags `base`, and report it -> a DataFrame with a row per run."""
-    configs = expand(words, base)
+    configs = expand(words, base)  # the demo is made once; what is not there is missed here, not in every run
+    shapes = {c.dataset: load_dataset(Config(dataset=c.dataset, data=c.data)).shapes for c in configs}
+    configs = [c for c in configs if not why_undefined(c, c.modalities or "+".join(shapes[c.dataset]))]
     if not configs:
         raise data.DataError("no method of this sweep is defined for its modalities and its fusion")
     if len({c.folder for c in configs}) < len(configs):
         raise data.DataError("this sweep would write two of its runs into the same folder")
-    for config in {c.dataset: c for c in configs}.values():
-        load_dataset(config)  # the demo is made once; what is not there is missed here, not in every run
     run_all(configs, jobs)
     names = [word.partition("=")[0].replace("-", "_") for word in words if word[:5] != "seed="] or ["method"]
     rows = [asdict(c) | json.loads((c.folder / "summary.json").read_text()) for c in configs]
@@ -1117,7 +1116,8 @@ def tabulate(runs, names, found):
     method with all else alike, or to the first setting, and paired over seeds."""
     first = "method" if "method" in names else "setting"
     alike = ["seed", *(name for name in names if first == "method" and name != "method")]
-    runs["difference"] = runs["accuracy"] - runs.groupby(alike)["accuracy"].transform("first")
+    reference = runs["accuracy"].where(runs[first] == runs[first][0])
+    runs["difference"] = runs["accuracy"] - reference.groupby([runs[name] for name in alike]).transform("first")
     groups = runs.groupby("setting", sort=False)
     half = groups["difference"].sem() * stats.t.ppf(0.975, groups.size() - 1)  # Student's t
     table = pd.DataFrame(index=list(groups.groups))

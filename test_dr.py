@@ -802,19 +802,12 @@ def test_every_method_runs_with_three_modalities(method, sequences, tmp_path, mo
 
 @pytest.mark.parametrize("method", COMPARES)
 def test_what_compares_modalities_is_refused_where_it_is_undefined(method, prepared, tmp_path):
-    assert not dr.why_undefined(dr.Config(method=method, fusion="sum"), 3)
-    for more, count in (({}, 1), ({"fusion": "film"}, 2), ({"fusion": "gated"}, 2), ({"fusion": "mbt"}, 2)):
-        assert f"--method {method} compares modalities" in dr.why_undefined(dr.Config(method=method, **more), count)
+    assert not dr.why_undefined(dr.Config(method=method, fusion="sum"), "a+b+c")
+    for more, names in ({}, "a"), ({"fusion": "film"}, "a+b"), ({"fusion": "gated"}, "a+b"), ({"fusion": "mbt"}, "a+b"):
+        assert f"--method {method} compares modalities" in dr.why_undefined(dr.Config(method=method, **more), names)
     base = ["--data", prepared, "--out", tmp_path, "--method", method]
     assert_one_line(dr_main(*base, "--modalities", "audio"), "two or more")
     assert_one_line(dr_main(*base, "--fusion", "mbt"), "concat or sum")
-
-
-def test_a_sweep_leaves_out_what_is_undefined():
-    base = asdict(dr.Config()) | {"name": ""}
-    found = dr.expand(["method=joint,ogm", "modalities=audio,visual,audio+visual"], base)
-    pairs = [(c.method, c.modalities) for c in found]
-    assert pairs == [("joint", "audio"), ("joint", "visual"), ("joint", "audio+visual"), ("ogm", "audio+visual")]
 
 
 # --- 6  other methods: D&R with one thing changed -------------------------------------------------
@@ -1148,6 +1141,20 @@ def test_ctrl_c_and_the_same_command_again(stopped):
     assert dr_main(*words).stdout.count("epoch   0") == 1  # what is finished is done anew when asked for
 
 
+def test_a_run_is_of_one_version_of_the_data(stopped, small_demo, tmp_path):
+    words, last = stopped
+    assert_one_line(dr_main(*words, "--data", small_demo), "last.pt is of a run with another manifest")
+    assert dr_main(*words).returncode == 0
+    c = dr.Config(epochs=2, batch_size=16, name="run", data=words[1], out=str(tmp_path))
+    assert dr.is_done(c) and not dr.is_done(dr.replace(c, data=str(small_demo)))
+    best = last.parent / "best.pt"
+    before = best.read_bytes()
+    assert_one_line(dr_main(*words, "--data", small_demo), "run holds another finished run: give a --name")
+    assert_one_line(dr_main(*words, "--epochs", 1), "run holds another finished run: give a --name")
+    assert_one_line(dr_main("--evaluate", best, "--data", small_demo, "--device", "cpu"), "a run on another demo than")
+    assert best.read_bytes() == before
+
+
 def test_what_cannot_be_resumed_gets_one_line(stopped):
     words, last = stopped
     whole = last.read_bytes()
@@ -1327,7 +1334,9 @@ def test_the_gradient_of_two_processes_is_the_mean_of_their_shares_gradients(met
 def test_what_a_run_wrote_can_be_read_back(run, prepared):
     folder, history = run
     assert [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] == history
-    c = dr.Config(**json.loads((folder / "config.json").read_text()))
+    settings = json.loads((folder / "config.json").read_text())
+    settings.pop("manifest")
+    c = dr.Config(**settings)
     dataset = data.load("demo", prepared)
     model = dr.MultimodalModel(dataset.shapes, 6, c.encoder, c.fusion)
     checkpoint = torch.load(folder / "best.pt", weights_only=True)
@@ -1486,11 +1495,27 @@ def test_a_sweep_does_only_what_is_missing(swept, prepared):
 
 
 def test_a_run_that_fails_leaves_the_others_alone_and_is_named(sequences, tmp_path):
-    words = sweep_words(sequences, tmp_path, "--dataset", "mine", "--sweep", "fusion=film,sum", epochs=1)
+    words = sweep_words(sequences, tmp_path, "--dataset", "mine", "--sweep", "modalities=smell,text", epochs=1)
     done = dr_main(*words)
     assert done.returncode == 2 and "1 of 2 runs failed; the same command tries them again" in done.stderr
-    assert "fusion=film" in done.stderr and "two modalities, not 3" in done.stderr
-    assert len(list(tmp_path.glob("*fusion=sum*/summary.json"))) == 1 and not list(tmp_path.glob("sweep*"))
+    assert "mine-dr-smell-" in done.stderr and "no modality smell; it has text, audio, vision" in done.stderr
+    assert len(list(tmp_path.glob("*text*/summary.json"))) == 1 and not list(tmp_path.glob("sweep*"))
+
+
+def test_a_sweep_leaves_out_what_is_undefined_and_compares_with_one_method(sequences, tmp_path):
+    words = sweep_words(sequences, tmp_path, "--dataset", "mine", "--name", "t", "--sweep", epochs=1)
+    done = dr_main(*words, "fusion=film,sum", "modalities=text,text+audio,text+audio+vision", "method=multitask,joint")
+    assert done.returncode == 0, done.stderr
+    runs = {(x["fusion"], x["modalities"], x["method"]): float(x["accuracy"]) for x in read_csv(tmp_path / "t.csv")}
+    pairs = [("film", "text+audio"), ("sum", "text"), ("sum", "text+audio"), ("sum", "text+audio+vision")]
+    assert {r[:2] for r in runs if r[2] == "joint"} == set(pairs)
+    assert {r[:2] for r in runs if r[2] == "multitask"} == set(pairs[2:])
+    column = {row: cells["vs joint"] for row, cells in read_table(tmp_path / "t.md").items()}
+    for fusion, modalities in pairs:
+        assert column[f"{fusion}, {modalities}, joint"] == ""
+    for fusion, modalities in pairs[2:]:
+        difference = runs[fusion, modalities, "multitask"] - runs[fusion, modalities, "joint"]
+        assert column[f"{fusion}, {modalities}, multitask"] == f"{difference:+.1f}"
 
 
 def test_sweeps_that_differ_in_a_fixed_flag_and_the_ensemble_of_their_runs(prepared, tmp_path):
@@ -2741,6 +2766,14 @@ def test_batches_hold_every_clip_once_and_repeat_with_the_seed(small_demo):
 
     assert order(None) == list(range(len(split)))
     assert sorted(order(3)) == list(range(len(split))) and order(3) == order(3) != order(4)
+
+
+@pytest.mark.parametrize("size, world, expected", [
+    (19, 1, [19, 19, 19, 20]), (20, 1, [20, 20, 20, 17]), (25, 2, [13, 13, 14]), (25, 3, [9, 9, 9]), (37, 3, [13, 14])])  # fmt: skip
+def test_no_process_gets_a_single_clip(size, world, expected, small_demo):
+    split = data.load("demo", small_demo).train  # 77 clips
+    parts = [[len(y) for _, y in data.batches(split, size, 1, part=(rank, world))] for rank in range(world)]
+    assert parts == [expected] * world
 
 
 def test_inputs_are_normalised_as_the_official_code_does(small_demo):
