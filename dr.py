@@ -887,9 +887,10 @@ def load_run(path, **changes):
     config = replace(config, **changes)
     dataset = load_dataset(config)
     model = make_model(config, dataset, set_up(config))
-    if differences(config, content["config"]):
-        raise data.DataError(f"{path} is of a run on another {config.dataset} than the one that is in {config.data}")
-    model.load_state_dict(content["model"])
+    with data.explained(f"{path} is not of a run on the {config.dataset} that is in {config.data}"):
+        if differences(config, content["config"]):
+            raise ValueError("another manifest")
+        model.load_state_dict(content["model"])
     return model, dataset, config
 
 
@@ -1168,8 +1169,8 @@ def parse(arguments=None):
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, default=f.default, **kind)
     parser.add_argument("--sweep", nargs="+", default=[], metavar="FIELD=A,B", help="run a grid, average it over seeds")
     parser.add_argument("--jobs", type=int, metavar="", help="runs of a sweep side by side (one per GPU or CPU core)")
-    parser.add_argument("--evaluate", metavar="BEST.PT", help="test this checkpoint")
-    parser.add_argument("--tsne", metavar="BEST.PT", help="draw the test features of this checkpoint")
+    parser.add_argument("--evaluate", metavar="BEST.PT", help="test this run as it was set, but for --data, --device")
+    parser.add_argument("--tsne", metavar="BEST.PT", help="draw the test features of this run, likewise")
     given = parser.parse_args(arguments)
     settings = {f.name: getattr(given, f.name) for f in fields(Config)}
     try:
@@ -1186,8 +1187,7 @@ def main():
     with data.one_line_for_errors("dr.py"):
         if given.evaluate:
             model, dataset, _ = load_run(given.evaluate, data=given.data, device=given.device)
-            found = evaluate(model, dataset.test)
-            print("on the test set: accuracy {accuracy:.1f} %, macro F1 {macro F1:.1f} %".format(**found))
+            print("on the test set: " + ", ".join(f"{k} {v:.1f} %" for k, v in evaluate(model, dataset.test).items()))
         elif given.tsne:
             print(draw_tsne(given.tsne, data=given.data, device=given.device))
         elif given.sweep:

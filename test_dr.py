@@ -461,12 +461,12 @@ def test_a_run_repeats_bit_for_bit(run, prepared, tmp_path):
     first = torch.load(folder / "best.pt", weights_only=True)["model"]
     second = torch.load(tmp_path / "run/best.pt", weights_only=True)["model"]
     assert all(torch.equal(first[k], second[k]) for k in first)
-    assert dr.train(config(prepared, tmp_path, seed=1, epochs=1))[0]["loss"] != history[0]["loss"]
+    assert dr.train(config(prepared, tmp_path, seed=1, epochs=1, name="other"))[0]["loss"] != history[0]["loss"]
 
 
 def test_lambda_0_is_joint_training(prepared, tmp_path):
     joint = dr.train(config(prepared, tmp_path, method="joint", epochs=3, every=1))
-    never = dr.train(config(prepared, tmp_path, lam=0.0, epochs=3, every=1))
+    never = dr.train(config(prepared, tmp_path, lam=0.0, epochs=3, every=1, name="never"))
     assert [(e["loss"], e["test"]) for e in joint] == [(e["loss"], e["test"]) for e in never]
     assert not any(e.get("relearnt") for e in joint)
 
@@ -1151,7 +1151,7 @@ def test_a_run_is_of_one_version_of_the_data(stopped, small_demo, tmp_path):
     before = best.read_bytes()
     assert_one_line(dr_main(*words, "--data", small_demo), "run holds another finished run: give a --name")
     assert_one_line(dr_main(*words, "--epochs", 1), "run holds another finished run: give a --name")
-    assert_one_line(dr_main("--evaluate", best, "--data", small_demo, "--device", "cpu"), "a run on another demo than")
+    assert_one_line(dr_main("--evaluate", best, "--data", small_demo, "--device", "cpu"), "is not of a run on the demo that is in", "another manifest")
     assert best.read_bytes() == before
 
 
