@@ -779,7 +779,7 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
             raise DataError(f"--{k.replace('_', '-')} ({meaning}) goes from {limits[0]} to {limits[1]:,}, not {value}")
     recorded = json.loads(json.dumps(options, default=str))
     if own:  # an edited table makes another dataset
-        recorded["csv"] = hashlib.sha256(raw.read_bytes()).hexdigest()[:12]
+        recorded["csv"] = fingerprint(raw)
     check_options(folder, recorded)
     if (folder / "manifest.json").exists():
         return folder
@@ -802,6 +802,11 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     (folder / "journal.txt").unlink()
     (folder / "plan.json").unlink()
     return folder
+
+
+def fingerprint(path):
+    """A few letters that tell one version of a table, or of a manifest, from another."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def default_options(lister):
@@ -1042,11 +1047,6 @@ def load(name, root="prepared", modalities=None):
         raise DataError(how_to_get(name, folder))
     with explained(f"{folder} is damaged: delete it and prepare it again"):
         return open_arrays(name, folder, read_json(folder / "manifest.json"), modalities)
-
-
-def fingerprint(name, root="prepared"):
-    """A few letters that tell apart which clips a prepared dataset holds, and how they were prepared."""
-    return hashlib.sha256((Path(root) / name / "manifest.json").read_bytes()).hexdigest()[:12]
 
 
 def open_arrays(name, folder, manifest, modalities=None):

@@ -759,7 +759,7 @@ class Config:
         self.folder = Path(self.out) / self.name
 
     def stored(self):  # what is written of it: all fields, and which clips were prepared how
-        return asdict(self) | {"manifest": data.fingerprint(self.dataset, self.data)}
+        return asdict(self) | {"manifest": data.fingerprint(Path(self.data) / self.dataset / "manifest.json")}
 
 
 def run_name(config):
@@ -1072,8 +1072,8 @@ def run_all(configs, jobs=None):
 
 def sweep(words, base, jobs=None, name=""):
     """Run the grid that `words` span over the flags `base`, and report it -> a DataFrame with a row per run."""
-    configs = expand(words, base)  # the demo is made once; what is not there is missed here, not in every run
-    shapes = {c.dataset: load_dataset(Config(dataset=c.dataset, data=c.data)).shapes for c in configs}
+    configs = expand(words, base)
+    shapes = {d: load_dataset(Config(dataset=d, data=f)).shapes for d, f in {(c.dataset, c.data) for c in configs}}
     configs = [c for c in configs if not why_undefined(c, c.modalities or "+".join(shapes[c.dataset]))]
     if not configs:
         raise data.DataError("no method of this sweep is defined for its modalities and its fusion")

@@ -810,6 +810,14 @@ def test_what_compares_modalities_is_refused_where_it_is_undefined(method, prepa
     assert_one_line(dr_main(*base, "--fusion", "mbt"), "concat or sum")
 
 
+def test_a_sweep_leaves_out_what_is_undefined(prepared, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(dr, "run_all", lambda configs, jobs: found.extend(configs) or stop())
+    dr_main(*sweep_words(prepared, tmp_path, "--sweep", "method=joint,ogm", "modalities=audio,visual,audio+visual"))
+    pairs = [(c.method, c.modalities) for c in found]
+    assert pairs == [("joint", "audio"), ("joint", "visual"), ("joint", "audio+visual"), ("ogm", "audio+visual")]
+
+
 # --- 6  other methods: D&R with one thing changed -------------------------------------------------
 
 
