@@ -1618,6 +1618,7 @@ def parts(clips, what=lambda c: c.id):
 FLASH = dict(codec="flv1", sound="libmp3lame")
 XVID = dict(codec="mpeg4", sound="libmp3lame", tag="XVID", options={"bf": "2"})
 H264 = dict(codec="libx264", sound="aac", options={"bf": "2", "x264-params": "log-level=error"})
+OPTIONS = {"frames": 3, "keep": 1, "size": 16, "more": {}}
 STUB = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
@@ -1989,8 +1990,9 @@ def test_ucf101s_official_splits_are_a_rule(layout, fold, tmp_path):
     classes = ["HandstandPushups", "YoYo", "ApplyEyeMakeup", "jumpRope"]
     for c in classes:
         touch(tmp_path, *(layout.format(c=c, v=f"v_{c}_g{g:02d}_c01.avi") for g in range(1, 26)))
-    clips, names, specs = data.ucf101(tmp_path, fold=fold)
-    assert names == ["ApplyEyeMakeup", "HandstandPushups", "jumpRope", "YoYo"] and specs["flow"]["flow"].startswith("DIS")
+    clips, names, kinds = data.ucf101(tmp_path, fold=fold)
+    assert names == ["ApplyEyeMakeup", "HandstandPushups", "jumpRope", "YoYo"]
+    assert data.make_spec("flow", kinds["flow"], clips, OPTIONS)["flow"].startswith("DIS")
     assert {int(c.id[-6:-4]) for c in clips if c.split == "test"} == set(range(7 * fold - 6, 7 * fold + 1))
     assert [len(p) for p in parts(clips).values()] == [65, 7, 28]
 
@@ -2004,9 +2006,10 @@ def test_ucf101s_flow_in_both_layouts_is_never_mixed(u, v, tmp_path):
     with pytest.raises(data.DataError, match="holds half of the optical flow"):
         data.ucf101(tmp_path)
     touch(tmp_path, *(v.format(c=c, v=n) for c, n in names[1:]), f"rawframes/YoYo/{names[0][1]}/img_00001.jpg")
-    clips, _, specs = data.ucf101(tmp_path)
-    assert specs["flow"]["flow"].startswith("TV-L1")
-    assert [c.id for c in clips if not c.files["flow"].is_dir()] == [names[0][1]]  # is skipped, not computed
+    clips, _, kinds = data.ucf101(tmp_path)
+    assert data.make_spec("flow", kinds["flow"], clips, OPTIONS)["flow"].startswith("TV-L1")
+    there = lambda c: all(folder.is_dir() for folder in c.files["flow"])  # noqa: E731
+    assert [c.id for c in clips if not there(c)] == [names[0][1]]  # is skipped, not computed
     assert [len(axis) for axis in data.flow_pictures(clips[1].files["flow"])] == [1, 1]
 
 
@@ -2363,13 +2366,13 @@ def test_precomputed_flow_is_read_at_the_middles(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         for i in range(10):
             Image.new("L", (80, 60), offset + 10 * i).save(folder / f"frame{i + 1:06d}.jpg", quality=100)
-    flow = data.read_flow(folders[0], data.flow_spec(3, 16))
+    flow = data.read_flow(folders, data.flow_spec(3, 16))
     np.testing.assert_allclose(flow.mean((1, 2)), [[10, 110], [50, 150], [80, 180]], atol=1)
     monkeypatch.chdir(tmp_path)
-    np.testing.assert_array_equal(data.read_flow(Path("u/v_A_g01_c01"), data.flow_spec(3, 16)), flow)
+    np.testing.assert_array_equal(data.read_flow((Path("u/v_A_g01_c01"), Path("v/v_A_g01_c01")), data.flow_spec(3, 16)), flow)
     (folders[1] / "frame000004.jpg").unlink()
     with pytest.raises(data.BadClip, match="10 pictures of flow in u, 9 in v"):
-        data.read_flow(folders[0], data.flow_spec(3, 16))
+        data.read_flow(folders, data.flow_spec(3, 16))
 
 
 # --- 3 preparing --------------------------------------------------------------------------
@@ -2419,8 +2422,7 @@ def start(raw, out):
 @pytest.mark.slow
 def test_killed_at_any_time_it_goes_on_and_the_arrays_are_the_same_byte_for_byte(crowd, tmp_path):
     (raw, undisturbed), folder = crowd, tmp_path / "cremad"
-    journal = folder / "journal.txt"
-    done = lambda: journal.read_text().count("\n") if journal.exists() else 0  # noqa: E731
+    done = lambda: sum(np.sum(np.load(p) != data.NOT_YET) for p in folder.glob("*/labels.npy"))  # noqa: E731
     # soon, and twice when 30 more clips are done; at last the command alone: its workers end by themselves
     for kill, more in (os.killpg, 0), (os.killpg, 30), (os.kill, 30):
         before = done()
@@ -2458,12 +2460,14 @@ def stop(*_):
 
 
 @pytest.mark.parametrize("where, size", [("in_parallel", 32), ("write_json", 40)])
-def test_stopped_in_the_middle_of_a_line_of_the_journal_or_before_the_plan(where, size, crema, tmp_path, monkeypatch):
+def test_stopped_with_half_a_journal_or_before_the_plan(where, size, crema, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data, where, stop)
         data.prepare("cremad", crema, tmp_path, size=32)
     if where == "in_parallel":
-        (tmp_path / "cremad/journal.txt").write_text("train 1")  # of "train 12\n"
+        journal = tmp_path / "cremad/train/labels.npy"
+        np.save(journal, np.zeros(72, np.int64))
+        journal.write_bytes(journal.read_bytes()[:-4])
     folder = data.prepare("cremad", crema, tmp_path, size=size, workers=1)  # before the plan: another size may be taken
     ids, visual = (
         json.loads((folder / "manifest.json").read_text())["splits"]["train"],
@@ -2477,7 +2481,7 @@ def test_a_journal_is_believed_only_of_arrays_that_are_there(damage, crema, tmp_
     whole = arrays(data.prepare("cremad", crema, tmp_path / "whole", size=32, workers=1))
     write = data.write_atomically
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "write_atomically", lambda path, *more: stop() if path.stem == "labels" else write(path, *more))
+        patch.setattr(data, "write_atomically", lambda path, *more: stop() if path.stem == "manifest" else write(path, *more))
         data.prepare("cremad", crema, tmp_path, size=32, workers=1)
     folder = tmp_path / "cremad"
     array = folder / "train/visual.npy"
@@ -2526,7 +2530,7 @@ def test_git_lfs_stubs_are_recognised_at_once(kinds, crema, tmp_path):
     for kind in kinds.split():
         for path in tmp_path.glob(kind):
             replace(path, STUB)
-    with pytest.raises(data.DataError, match="0 have their files there(.|\n)*lfs pull -I(.|\n)*gitlab.com/cs-cooper-lab"):
+    with pytest.raises(data.DataError, match="0 have their files there(.|\n)*gitlab.com/cs-cooper-lab(.|\n)*lfs pull -I"):
         data.prepare("cremad", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -2718,7 +2722,8 @@ def test_a_damaged_journal_means_reading_some_clips_again(crema, tmp_path, monke
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data, "in_parallel", stop)
         data.prepare("cremad", crema, tmp_path, size=16)
-    (tmp_path / "cremad/journal.txt").write_bytes(b"\xff\x00train\ntrain -1\ntrain 99999\n\n")
+    (tmp_path / "cremad/train/labels.npy").write_bytes(b"\xff\x00train\ntrain -1\ntrain 99999\n\n")
+    np.save(tmp_path / "cremad/val/labels.npy", np.full(9, 99999))
     folder = data.prepare("cremad", crema, tmp_path, size=16, workers=1)
     assert arrays(folder) == arrays(data.prepare("cremad", crema, tmp_path / "again", size=16, workers=1))
 
