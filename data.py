@@ -33,10 +33,12 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import sys
 import textwrap
 import threading
 import time
+import unicodedata
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
@@ -54,6 +56,7 @@ import scipy.signal
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
@@ -148,11 +151,14 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     specs = {m: make_spec(m, kind, clips, options) for m, kind in kinds.items()}
     ids = {split: [clip.id for clip in mine] for split, mine in splits.items()}
     plan = {"dataset": name, "options": recorded, "classes": classes, "modalities": specs, "splits": ids}
-    if (folder / "plan.json").exists() and read_json(folder / "plan.json") != plan:
-        raise DataError(f"{folder} was begun with other clips than {raw} holds now: delete it to begin again")
-    make_arrays(folder, plan)
-    labels, skipped = fill_arrays(folder, plan, splits, workers, max_bad)
-    finish(folder, plan, labels, skipped)
+    with exclusive(folder, wait=True):
+        if is_prepared(folder, recorded):  # by another process, meanwhile
+            return folder
+        if (folder / "plan.json").exists() and read_json(folder / "plan.json") != plan:
+            raise DataError(f"{folder} was begun with other clips than {raw} holds now: delete it to begin again")
+        make_arrays(folder, plan)
+        labels, skipped = fill_arrays(folder, plan, splits, workers, max_bad)
+        finish(folder, plan, labels, skipped)
     return folder
 
 
@@ -589,6 +595,7 @@ def read_table(table):
             raise DataError(f"{table}: a modality cannot be called {m!r}: give the column another name")
     if "id" not in rows:
         rows = rows.assign(id=[f"line {line}" for line in rows.index])
+    rows["label"] = rows["label"].map(partial(unicodedata.normalize, "NFC"))  # there are two ways to write an umlaut
     types = rows[modalities].map(file_type)
     problems = {"has an empty cell": (rows == "").any(axis=1), "has the id of another clip": rows["id"].duplicated()}
     if "split" in rows:
@@ -605,8 +612,10 @@ def read_table(table):
 def demo(raw, clips=2100, seed=0):
     """The miniature CREMA-D: written to `raw` as real files, then listed and read as CREMA-D is.
     1,000 / 300 / 800 clips at the default size; one frame of 32 x 32 pixels, 32 mel bands, 1.2 s."""
+    with exclusive(raw, wait=True):
+        names = make_demo(raw, clips, seed)
     drawn = []
-    for i in sorted(make_demo(raw, clips, seed)):
+    for i in sorted(names):
         files = {"audio": raw / f"AudioWAV/{i}.wav", "visual": raw / f"VideoFlash/{i}.flv"}
         drawn.append(Clip(i, EMOTIONS.index(i[9:12]), "train", files))
     draw_splits(drawn, 300 / 2100, 800 / 2100)
@@ -645,11 +654,14 @@ def mosi(raw, folder, recorded):
             labels[split] = np.where(np.isfinite(score), score >= 0, -1)
             ids[split] = [str(i) for i in np.reshape(part.get("id", range(len(x))), (len(x), -1))[:, 0]]
             skipped += [[split, ids[split][row], "no score"] for row in np.flatnonzero(~np.isfinite(score))]
-    for name, array in arrays.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"{name}.npy", partial(np.save, arr=array))
     plan = {"dataset": "mosi", "options": recorded, "classes": ["negative", "non-negative"]}
-    finish(folder, {**plan, "modalities": specs, "splits": ids}, labels, skipped)
+    with exclusive(folder, wait=True):
+        if is_prepared(folder, recorded):  # by another process, meanwhile
+            return folder
+        for name, array in arrays.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_atomically(folder / f"{name}.npy", partial(np.save, arr=array))
+        finish(folder, {**plan, "modalities": specs, "splits": ids}, labels, skipped)
     return folder
 
 
@@ -878,7 +890,7 @@ def read_features(path, spec):
     padded = np.zeros(spec["shape"], np.float32)
     if x.shape[1] != padded.shape[1]:
         raise BadClip(f"{x.shape[1]} features, where the others have {padded.shape[1]}")
-    padded[: len(x)] = standardise(x, x.any(-1), spec["mean"], spec["std"])
+    padded[: len(x)] = standardise(x, np.ones(len(x), bool), spec["mean"], spec["std"])
     return padded
 
 
@@ -894,7 +906,7 @@ def sequence_spec(m, clips):
     widths = [x.shape[1] for x in train]
     width = max(widths, key=widths.count)
     x = np.concatenate([x for x in train if x.shape[1] == width])  # (steps, D)
-    mean, std = statistics(x[x.any(-1)])
+    mean, std = statistics(x)
     shape = [max(len(x) for _, x in arrays), width]
     return {"kind": "sequence", "shape": shape, "dtype": "float32", "mean": mean.tolist(), "std": std.tolist()}
 
@@ -908,15 +920,51 @@ def statistics(x):
 
 
 def standardise(x, present, mean, std):
-    """(..., T, D) standardised, float32; what is not finite becomes the mean, 0, and steps not present exactly 0."""
+    """(..., T, D) standardised, float32; what is not finite becomes the mean, 0. Steps that are not present, and these
+    alone, are exactly 0 in all features: padding."""
     z = (x - np.array(mean)) / std
-    return np.float32(np.where(np.isfinite(z) & present[..., None], z, 0))
+    z = np.float32(np.where(np.isfinite(z) & present[..., None], z, 0))
+    z[..., 0] = np.where(present & ~z.any(-1), 1e-30, z[..., 0])
+    return z
 
 
 READERS = {"frames": read_frames, "flow": read_flow, "fbank": read_fbank, "sequence": read_features}
 
 
 # --- 4  The machinery of preparing: processes, a journal, writing atomically ---
+
+
+@contextmanager
+def exclusive(folder, wait=False):
+    """Hold a folder, which is made, until this process is done with it, or dead: no other writes there meanwhile.
+    Where another one holds it, wait for that; else raise DataError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")  # the system's own: it ends with the process, however that ends
+    holder = folder / ".holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text() if holder.exists() else "another process"
+        if not wait:
+            raise DataError(f"{who} is at work in {folder}: wait until it is done, or choose another folder") from None
+        print(f"waiting until {who} is done with {folder}", file=sys.stderr)
+        lock.acquire()
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def cpu_count():
+    """How many cores this process may use: taskset, SLURM and containers lend fewer than the machine has."""
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on
+        return os.process_cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
 
 SKIPPED = -1
 NOT_YET = -2  # labels.npy is a journal: a clip that is not safely on the disk has this label
@@ -931,7 +979,6 @@ def make_arrays(folder, plan):
             wanted[folder / split / f"{m}.npy"] = (spec["dtype"], (len(ids), *spec["shape"]))
     new = {path: array for path, array in wanted.items() if not is_array(path, *array)}
     size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in new.values())
-    folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if size > free:
         raise DataError(f"{folder} will take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
@@ -1008,7 +1055,7 @@ def in_parallel(work, jobs, workers=None):
     careful = 0  # up to here one at a time
     while done < len(jobs):
         alone = done < careful
-        size = 1 if alone else workers or os.cpu_count()
+        size = 1 if alone else workers or cpu_count()
         part = jobs[done:careful] if alone else jobs[done:]
         pool = ProcessPoolExecutor(size, initializer=start_worker)
         try:
@@ -1567,6 +1614,25 @@ def show(name, root="prepared"):
     return path
 
 
+def table_of_classes(dataset):
+    """How many clips of each class each split holds, where there are many classes the extremes; lines for a terminal
+    of 80 columns, with one more where that is too few to learn from, or to measure."""
+    C = len(dataset.classes)
+    counts = [np.bincount(split.labels, minlength=C) for split in (dataset.train, dataset.val, dataset.test)]
+    rows = [*zip(dataset.classes, *counts)]
+    if C > 40:
+        rows = [(f"fewest of {C} classes", *map(min, counts)), ("most", *map(max, counts))]
+    lines = []
+    for name, *numbers in ("clips per class", *SPLITS), *rows:
+        lines.append(f"  {name[:47]:<48}" + "".join(f"{n:>10}" for n in numbers))
+    number, split, name = min((n, split, name) for split, c in zip(SPLITS, counts) for n, name in zip(c, dataset.classes))
+    if number < 2:
+        lines.append(f"warning: fewer than two clips, {number}, of the class {name[:24]} in {split}")
+    if len(dataset.val) < 10 * C:
+        lines.append("warning: fewer than ten clips per class to validate on: purity gaps are mostly luck")
+    return lines
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"data.py: {message}; see --help\n")
@@ -1584,7 +1650,7 @@ def parse(words):
         if name not in ("demo", *tables):
             p.add_argument("--raw", type=Path, help="the download")
         if name != "mosi":
-            options = {"workers": os.cpu_count(), "max_bad": MAX_BAD.get(name, 5.0)}
+            options = {"workers": cpu_count(), "max_bad": MAX_BAD.get(name, 5.0)}
             for option, default in {**options, **default_options(DATASETS.get(name, own_data))}.items():
                 kind = str if default is None else type(default)
                 p.add_argument(f"--{option.replace('_', '-')}", type=kind, default=default, help=OPTIONS[option][0])
@@ -1621,7 +1687,7 @@ def main():
         made = (folder / "manifest.json").exists()
         prepare(**args)
         manifest = read_json(folder / "manifest.json")
-        load(args["name"], args["out"])  # what is damaged is said
+        dataset = load(args["name"], args["out"])  # what is damaged is said
     if made:
         print(f"{folder} was there already; to prepare it anew, delete it")
     size = sum(p.stat().st_size for p in folder.glob("*/*.npy")) / 1e9
@@ -1629,6 +1695,7 @@ def main():
     print(f"{folder}: {counts} clips, {size:.2f} GB; {len(manifest['skipped'])} skipped")
     for split, clip, reason in manifest["skipped"]:
         print(f"  {clip} ({split}): {reason}")
+    print(*table_of_classes(dataset), sep="\n")
 
 
 if __name__ == "__main__":

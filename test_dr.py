@@ -2174,6 +2174,44 @@ def test_bad_files_of_your_own_data_are_skipped_and_listed(clips, tmp_path):
         assert says in skipped[f"line {line}"]
 
 
+def write_features(folder, arrays, header=(), more=()):
+    """A CSV of .npy files, half of them a, half b -> its path."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for k, x in enumerate(arrays):
+        np.save(folder / f"{k}.npy", x)
+        rows.append([f"{k}.npy", "ab"[k % 2], *(column[k] for column in more)])
+    return write_csv(folder / "t.csv", ["x", "label", *header], rows)
+
+
+def test_a_step_of_zeros_is_no_padding(tmp_path):
+    rng = np.random.default_rng(0)
+    events = [(rng.random((1 + k % 7, 1)) < 0.3).astype(np.float32) for k in range(40)]
+    events[3] = np.zeros((7, 1))
+    data.prepare("t", write_features(tmp_path / "in", events), tmp_path)
+    dataset = data.load("t", tmp_path)
+    for split in dataset.train, dataset.val, dataset.test:
+        for x, i in zip(split.arrays["x"], split.ids):
+            event = events[int(i.removeprefix("line ")) - 2]
+            assert (x != 0).any(-1).tolist() == [True] * len(event) + [False] * (7 - len(event))
+            assert len(np.unique(x[: len(event)])) == len(np.unique(event))  # 0 and 1 are told apart
+    data.add_noise(dataset, "x", 0.5)
+    assert (dataset.train.arrays["x"] != 0).any(-1).sum(1).tolist() == [
+        len(events[int(i.removeprefix("line ")) - 2]) for i in dataset.train.ids
+    ]
+
+
+@pytest.mark.parametrize("values", ["zeros", "the mean"])
+def test_a_step_that_becomes_zeros_is_stored_as_one_that_is_there(values):
+    x = np.tile(np.float32([[0, 0], [2, 4], [1, 2]]), (2, 1, 1))
+    mean, std = ([0, 0], [1, 1]) if values == "zeros" else ([1, 2], [1, 2])
+    present = np.array([[True, True, True], [True, True, False]])
+    z = data.standardise(x, present, mean, std)
+    assert ((z != 0).any(-1) == present).all() and z.dtype == np.float32
+    np.testing.assert_allclose(z[present], ((x - mean) / std)[present], atol=1e-29)
+    assert (torch.from_numpy(z).bfloat16() == 0).all(-1).tolist() == (~present).tolist()
+
+
 # --- CMU-MOSI -------------------------------------------------------------------------------------
 
 
@@ -2457,6 +2495,99 @@ def test_ctrl_c_is_one_clear_line_and_exit_130(wait, crowd, tmp_path):
 
 def stop(*_):
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def another_process(work):
+    """A forked process that has done `work`, and then sleeps until it is killed."""
+    done, told = os.pipe()
+    child = os.fork()
+    if not child:
+        with contextlib.ExitStack() as stack:
+            work(stack)
+            os.write(told, b".")
+            time.sleep(60)
+        os._exit(0)
+    os.read(done, 1)
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(done)
+        os.close(told)
+
+
+def hold_and_leave_an_orphan(folder, stack):
+    stack.enter_context(data.exclusive(folder))
+    if not os.fork():
+        time.sleep(5)  # a worker that hangs
+        os._exit(0)
+
+
+def test_a_folder_is_one_processs_at_a_time_until_it_is_done_or_killed(tmp_path, capsys):
+    folder = tmp_path / "a/b"
+    with another_process(partial(hold_and_leave_an_orphan, folder)) as child:
+        with pytest.raises(data.DataError, match=f"process {child} on .* is at work in {folder}: wait"):
+            with data.exclusive(folder):
+                pass
+        threading.Timer(0.3, os.kill, (child, signal.SIGKILL)).start()
+        with data.exclusive(folder, wait=True):
+            waited = capsys.readouterr()
+            assert waited.err == f"waiting until process {child} on {os.uname().nodename} is done with {folder}\n"
+            assert waited.out == ""
+    with data.exclusive(folder):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_of_two_preparations_at_once_one_waits_and_both_find_the_same(crema, tmp_path, monkeypatch, capfd):
+    real = data.fill_arrays
+    calls = tmp_path / "calls"
+
+    def slow(*args):
+        with open(calls, "a") as file:
+            file.write(".")
+        time.sleep(0.5)
+        return real(*args)
+
+    monkeypatch.setattr(data, "fill_arrays", slow)
+    child = os.fork()
+    if not child:
+        data.prepare("cremad", crema, tmp_path / "out", size=16, workers=1)
+        os._exit(0)
+    while not calls.exists():
+        time.sleep(0.01)
+    folder = data.prepare("cremad", crema, tmp_path / "out", size=16, workers=1)
+    assert calls.read_text() == "." and (folder / "manifest.json").exists()  # one did it
+    assert capfd.readouterr().err.count(f"waiting until process {child} on") == 1
+    assert os.waitpid(child, 0)[1] == 0 and len(data.load("cremad", tmp_path / "out").train) == 72
+
+
+def test_a_finished_dataset_can_be_read_only(small_demo, tmp_path, monkeypatch):
+    shutil.copytree(small_demo / "demo", tmp_path / "demo", ignore=shutil.ignore_patterns("raw"))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    monkeypatch.setattr(data, "exclusive", stop)  # it would write
+    data.prepare("demo", out=tmp_path, clips=161)
+    assert len(data.load("demo", tmp_path).train) == 77
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only on Linux")
+def test_as_many_processes_as_there_are_cores_for_this_one(monkeypatch):
+    monkeypatch.delattr(os, "process_cpu_count", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    mine = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(mine)})
+        assert data.cpu_count() == 1 and data.parse(["demo"])["workers"] == 1
+        monkeypatch.setattr(os, "process_cpu_count", lambda: 3, raising=False)
+        assert data.cpu_count() == 3
+    finally:
+        os.sched_setaffinity(0, mine)
+    monkeypatch.delattr(os, "process_cpu_count")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert data.cpu_count() == 16
 
 
 @pytest.mark.parametrize("where, size", [("in_parallel", 32), ("write_json", 40)])
@@ -2743,6 +2874,36 @@ def test_wrong_flags_get_one_line(words, crema, tmp_path):
 def test_wrong_commands_get_one_line(words):
     done = data_called(*words)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("data.py: ")
+
+
+def a_dataset(counts, names):
+    """Labels only: {split: clips of each class}."""
+    splits = [np.repeat(np.arange(len(names)), n) for n in counts]
+    splits = [data.Split({}, {}, np.arange(len(y)), y, list(map(str, y))) for y in splits]
+    return data.Dataset(*splits, classes=names, shapes={})
+
+
+def test_the_table_of_classes_shows_every_cell_and_what_is_too_small():
+    lines = data.table_of_classes(a_dataset(([30, 1200], [10, 11], [2, 0]), ["joy", "x" * 99]))
+    assert [line.split()[-3:] for line in lines[:3]] == [["train", "val", "test"], ["30", "10", "2"], ["1200", "11", "0"]]
+    assert len(lines) == 4 and re.search("fewer than two clips, 0, of the class x+ in test", lines[3])
+    assert max(map(len, lines)) <= 80
+    few = data.table_of_classes(a_dataset(([30, 30], [9, 10], [2, 2]), ["a", "b"]))
+    assert len(few) == 4 and "fewer than ten clips per class to validate on" in few[3]
+    fine = data.table_of_classes(a_dataset(([30, 30], [10, 10], [2, 2]), ["a", "b"]))
+    assert len(fine) == 3
+    many = data.table_of_classes(a_dataset(([3] * 101, [*range(20, 121)], [7] * 101), [f"class {k}" for k in range(101)]))
+    assert [line.split()[-3:] for line in many[1:]] == [["3", "20", "7"], ["3", "120", "7"]]
+
+
+def test_one_word_is_one_class_in_either_unicode_form_and_the_table_is_printed(tmp_path):
+    names = ["\u00c4rger", "A\u0308rger", "joy"]
+    rows = [[f"{k}.npy", names[k % 3]] for k in range(30)]
+    write_features(tmp_path / "in", np.ones((30, 2, 3)) * np.arange(30)[:, None, None])
+    done = data_called(write_csv(tmp_path / "in/words.csv", ["x", "label"], rows), "--out", tmp_path)
+    assert done.returncode == 0 and data.load("words", tmp_path).classes == ["joy", "\u00c4rger"], done.stderr
+    assert re.search("joy +8 +1 +1\n", done.stdout) and re.search("\u00c4rger +16 +2 +2\n", done.stdout)
+    assert "fewer than two clips, 1, of the class joy in test" in done.stdout
 
 
 # --- 4 a prepared dataset: loading, batches, augmentation -----------------------------------------
