@@ -1912,6 +1912,7 @@ def parts(clips, what=lambda c: c.id):
 FLASH = dict(codec="flv1", sound="libmp3lame")
 XVID = dict(codec="mpeg4", sound="libmp3lame", tag="XVID", options={"bf": "2"})
 H264 = dict(codec="libx264", sound="aac", options={"bf": "2", "x264-params": "log-level=error"})
+OPTIONS = {"frames": 3, "keep": 1, "size": 16, "more": {}}
 STUB = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
@@ -2283,8 +2284,9 @@ def test_ucf101s_official_splits_are_a_rule(layout, fold, tmp_path):
     classes = ["HandstandPushups", "YoYo", "ApplyEyeMakeup", "jumpRope"]
     for c in classes:
         touch(tmp_path, *(layout.format(c=c, v=f"v_{c}_g{g:02d}_c01.avi") for g in range(1, 26)))
-    clips, names, specs = data.ucf101(tmp_path, fold=fold)
-    assert names == ["ApplyEyeMakeup", "HandstandPushups", "jumpRope", "YoYo"] and specs["flow"]["flow"].startswith("DIS")
+    clips, names, kinds = data.ucf101(tmp_path, fold=fold)
+    assert names == ["ApplyEyeMakeup", "HandstandPushups", "jumpRope", "YoYo"]
+    assert data.make_spec("flow", kinds["flow"], clips, OPTIONS)["flow"].startswith("DIS")
     assert {int(c.id[-6:-4]) for c in clips if c.split == "test"} == set(range(7 * fold - 6, 7 * fold + 1))
     assert [len(p) for p in parts(clips).values()] == [65, 7, 28]
 
@@ -2298,9 +2300,10 @@ def test_ucf101s_flow_in_both_layouts_is_never_mixed(u, v, tmp_path):
     with pytest.raises(data.DataError, match="holds half of the optical flow"):
         data.ucf101(tmp_path)
     touch(tmp_path, *(v.format(c=c, v=n) for c, n in names[1:]), f"rawframes/YoYo/{names[0][1]}/img_00001.jpg")
-    clips, _, specs = data.ucf101(tmp_path)
-    assert specs["flow"]["flow"].startswith("TV-L1")
-    assert [c.id for c in clips if not c.files["flow"].is_dir()] == [names[0][1]]  # is skipped, not computed
+    clips, _, kinds = data.ucf101(tmp_path)
+    assert data.make_spec("flow", kinds["flow"], clips, OPTIONS)["flow"].startswith("TV-L1")
+    there = lambda c: all(folder.is_dir() for folder in c.files["flow"])  # noqa: E731
+    assert [c.id for c in clips if not there(c)] == [names[0][1]]  # is skipped, not computed
     assert [len(axis) for axis in data.flow_pictures(clips[1].files["flow"])] == [1, 1]
 
 
@@ -2463,6 +2466,44 @@ def test_bad_files_of_your_own_data_are_skipped_and_listed(clips, tmp_path):
     skipped = {i: r for _, i, r in json.loads((tmp_path / "spoilt/manifest.json").read_text())["skipped"]}
     for line, says in (2, "cannot identify image file"), (3, "9 features, where the others have 6"), (4, "Python objects"), (5, "missing"), (6, "more than 8 bits"):
         assert says in skipped[f"line {line}"]
+
+
+def write_features(folder, arrays, header=(), more=()):
+    """A CSV of .npy files, half of them a, half b -> its path."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for k, x in enumerate(arrays):
+        np.save(folder / f"{k}.npy", x)
+        rows.append([f"{k}.npy", "ab"[k % 2], *(column[k] for column in more)])
+    return write_csv(folder / "t.csv", ["x", "label", *header], rows)
+
+
+def test_a_step_of_zeros_is_no_padding(tmp_path):
+    rng = np.random.default_rng(0)
+    events = [(rng.random((1 + k % 7, 1)) < 0.3).astype(np.float32) for k in range(40)]
+    events[3] = np.zeros((7, 1))
+    data.prepare("t", write_features(tmp_path / "in", events), tmp_path)
+    dataset = data.load("t", tmp_path)
+    for split in dataset.train, dataset.val, dataset.test:
+        for x, i in zip(split.arrays["x"], split.ids):
+            event = events[int(i.removeprefix("line ")) - 2]
+            assert (x != 0).any(-1).tolist() == [True] * len(event) + [False] * (7 - len(event))
+            assert len(np.unique(x[: len(event)])) == len(np.unique(event))  # 0 and 1 are told apart
+    data.add_noise(dataset, "x", 0.5)
+    assert (dataset.train.arrays["x"] != 0).any(-1).sum(1).tolist() == [
+        len(events[int(i.removeprefix("line ")) - 2]) for i in dataset.train.ids
+    ]
+
+
+@pytest.mark.parametrize("values", ["zeros", "the mean"])
+def test_a_step_that_becomes_zeros_is_stored_as_one_that_is_there(values):
+    x = np.tile(np.float32([[0, 0], [2, 4], [1, 2]]), (2, 1, 1))
+    mean, std = ([0, 0], [1, 1]) if values == "zeros" else ([1, 2], [1, 2])
+    present = np.array([[True, True, True], [True, True, False]])
+    z = data.standardise(x, present, mean, std)
+    assert ((z != 0).any(-1) == present).all() and z.dtype == np.float32
+    np.testing.assert_allclose(z[present], ((x - mean) / std)[present], atol=1e-29)
+    assert (torch.from_numpy(z).bfloat16() == 0).all(-1).tolist() == (~present).tolist()
 
 
 # --- CMU-MOSI -------------------------------------------------------------------------------------
@@ -2657,13 +2698,13 @@ def test_precomputed_flow_is_read_at_the_middles(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         for i in range(10):
             Image.new("L", (80, 60), offset + 10 * i).save(folder / f"frame{i + 1:06d}.jpg", quality=100)
-    flow = data.read_flow(folders[0], data.flow_spec(3, 16))
+    flow = data.read_flow(folders, data.flow_spec(3, 16))
     np.testing.assert_allclose(flow.mean((1, 2)), [[10, 110], [50, 150], [80, 180]], atol=1)
     monkeypatch.chdir(tmp_path)
-    np.testing.assert_array_equal(data.read_flow(Path("u/v_A_g01_c01"), data.flow_spec(3, 16)), flow)
+    np.testing.assert_array_equal(data.read_flow((Path("u/v_A_g01_c01"), Path("v/v_A_g01_c01")), data.flow_spec(3, 16)), flow)
     (folders[1] / "frame000004.jpg").unlink()
     with pytest.raises(data.BadClip, match="10 pictures of flow in u, 9 in v"):
-        data.read_flow(folders[0], data.flow_spec(3, 16))
+        data.read_flow(folders, data.flow_spec(3, 16))
 
 
 # --- 3 preparing --------------------------------------------------------------------------
@@ -2713,8 +2754,7 @@ def start(raw, out):
 @pytest.mark.slow
 def test_killed_at_any_time_it_goes_on_and_the_arrays_are_the_same_byte_for_byte(crowd, tmp_path):
     (raw, undisturbed), folder = crowd, tmp_path / "cremad"
-    journal = folder / "journal.txt"
-    done = lambda: journal.read_text().count("\n") if journal.exists() else 0  # noqa: E731
+    done = lambda: sum(np.sum(np.load(p) != data.NOT_YET) for p in folder.glob("*/labels.npy"))  # noqa: E731
     # soon, and twice when 30 more clips are done; at last the command alone: its workers end by themselves
     for kill, more in (os.killpg, 0), (os.killpg, 30), (os.kill, 30):
         before = done()
@@ -2751,13 +2791,108 @@ def stop(*_):
     raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def another_process(work):
+    """A forked process that has done `work`, and then sleeps until it is killed."""
+    done, told = os.pipe()
+    child = os.fork()
+    if not child:
+        with contextlib.ExitStack() as stack:
+            work(stack)
+            os.write(told, b".")
+            time.sleep(60)
+        os._exit(0)
+    os.read(done, 1)
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(done)
+        os.close(told)
+
+
+def hold_and_leave_an_orphan(folder, stack):
+    stack.enter_context(data.exclusive(folder))
+    if not os.fork():
+        time.sleep(5)  # a worker that hangs
+        os._exit(0)
+
+
+def test_a_folder_is_one_processs_at_a_time_until_it_is_done_or_killed(tmp_path, capsys):
+    folder = tmp_path / "a/b"
+    with another_process(partial(hold_and_leave_an_orphan, folder)) as child:
+        with pytest.raises(data.DataError, match=f"process {child} on .* is at work in {folder}: wait"):
+            with data.exclusive(folder):
+                pass
+        threading.Timer(0.3, os.kill, (child, signal.SIGKILL)).start()
+        with data.exclusive(folder, wait=True):
+            waited = capsys.readouterr()
+            assert waited.err == f"waiting until process {child} on {os.uname().nodename} is done with {folder}\n"
+            assert waited.out == ""
+    with data.exclusive(folder):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_of_two_preparations_at_once_one_waits_and_both_find_the_same(crema, tmp_path, monkeypatch, capfd):
+    real = data.fill_arrays
+    calls = tmp_path / "calls"
+
+    def slow(*args):
+        with open(calls, "a") as file:
+            file.write(".")
+        time.sleep(0.5)
+        return real(*args)
+
+    monkeypatch.setattr(data, "fill_arrays", slow)
+    child = os.fork()
+    if not child:
+        data.prepare("cremad", crema, tmp_path / "out", size=16, workers=1)
+        os._exit(0)
+    while not calls.exists():
+        time.sleep(0.01)
+    folder = data.prepare("cremad", crema, tmp_path / "out", size=16, workers=1)
+    assert calls.read_text() == "." and (folder / "manifest.json").exists()  # one did it
+    assert capfd.readouterr().err.count(f"waiting until process {child} on") == 1
+    assert os.waitpid(child, 0)[1] == 0 and len(data.load("cremad", tmp_path / "out").train) == 72
+
+
+def test_a_finished_dataset_can_be_read_only(small_demo, tmp_path, monkeypatch):
+    shutil.copytree(small_demo / "demo", tmp_path / "demo", ignore=shutil.ignore_patterns("raw"))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    monkeypatch.setattr(data, "exclusive", stop)  # it would write
+    data.prepare("demo", out=tmp_path, clips=161)
+    assert len(data.load("demo", tmp_path).train) == 77
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only on Linux")
+def test_as_many_processes_as_there_are_cores_for_this_one(monkeypatch):
+    monkeypatch.delattr(os, "process_cpu_count", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    mine = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(mine)})
+        assert data.cpu_count() == 1 and data.parse(["demo"])["workers"] == 1
+        monkeypatch.setattr(os, "process_cpu_count", lambda: 3, raising=False)
+        assert data.cpu_count() == 3
+    finally:
+        os.sched_setaffinity(0, mine)
+    monkeypatch.delattr(os, "process_cpu_count")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert data.cpu_count() == 16
+
+
 @pytest.mark.parametrize("where, size", [("in_parallel", 32), ("write_json", 40)])
-def test_stopped_in_the_middle_of_a_line_of_the_journal_or_before_the_plan(where, size, crema, tmp_path, monkeypatch):
+def test_stopped_with_half_a_journal_or_before_the_plan(where, size, crema, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data, where, stop)
         data.prepare("cremad", crema, tmp_path, size=32)
     if where == "in_parallel":
-        (tmp_path / "cremad/journal.txt").write_text("train 1")  # of "train 12\n"
+        journal = tmp_path / "cremad/train/labels.npy"
+        np.save(journal, np.zeros(72, np.int64))
+        journal.write_bytes(journal.read_bytes()[:-4])
     folder = data.prepare("cremad", crema, tmp_path, size=size, workers=1)  # before the plan: another size may be taken
     ids, visual = (
         json.loads((folder / "manifest.json").read_text())["splits"]["train"],
@@ -2771,7 +2906,7 @@ def test_a_journal_is_believed_only_of_arrays_that_are_there(damage, crema, tmp_
     whole = arrays(data.prepare("cremad", crema, tmp_path / "whole", size=32, workers=1))
     write = data.write_atomically
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "write_atomically", lambda path, *more: stop() if path.stem == "labels" else write(path, *more))
+        patch.setattr(data, "write_atomically", lambda path, *more: stop() if path.stem == "manifest" else write(path, *more))
         data.prepare("cremad", crema, tmp_path, size=32, workers=1)
     folder = tmp_path / "cremad"
     array = folder / "train/visual.npy"
@@ -2820,7 +2955,7 @@ def test_git_lfs_stubs_are_recognised_at_once(kinds, crema, tmp_path):
     for kind in kinds.split():
         for path in tmp_path.glob(kind):
             replace(path, STUB)
-    with pytest.raises(data.DataError, match="0 have their files there(.|\n)*lfs pull -I(.|\n)*gitlab.com/cs-cooper-lab"):
+    with pytest.raises(data.DataError, match="0 have their files there(.|\n)*gitlab.com/cs-cooper-lab(.|\n)*lfs pull -I"):
         data.prepare("cremad", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -3012,7 +3147,8 @@ def test_a_damaged_journal_means_reading_some_clips_again(crema, tmp_path, monke
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data, "in_parallel", stop)
         data.prepare("cremad", crema, tmp_path, size=16)
-    (tmp_path / "cremad/journal.txt").write_bytes(b"\xff\x00train\ntrain -1\ntrain 99999\n\n")
+    (tmp_path / "cremad/train/labels.npy").write_bytes(b"\xff\x00train\ntrain -1\ntrain 99999\n\n")
+    np.save(tmp_path / "cremad/val/labels.npy", np.full(9, 99999))
     folder = data.prepare("cremad", crema, tmp_path, size=16, workers=1)
     assert arrays(folder) == arrays(data.prepare("cremad", crema, tmp_path / "again", size=16, workers=1))
 
@@ -3032,6 +3168,36 @@ def test_wrong_flags_get_one_line(words, crema, tmp_path):
 def test_wrong_commands_get_one_line(words):
     done = data_called(*words)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("data.py: ")
+
+
+def a_dataset(counts, names):
+    """Labels only: {split: clips of each class}."""
+    splits = [np.repeat(np.arange(len(names)), n) for n in counts]
+    splits = [data.Split({}, {}, np.arange(len(y)), y, list(map(str, y))) for y in splits]
+    return data.Dataset(*splits, classes=names, shapes={})
+
+
+def test_the_table_of_classes_shows_every_cell_and_what_is_too_small():
+    lines = data.table_of_classes(a_dataset(([30, 1200], [10, 11], [2, 0]), ["joy", "x" * 99]))
+    assert [line.split()[-3:] for line in lines[:3]] == [["train", "val", "test"], ["30", "10", "2"], ["1200", "11", "0"]]
+    assert len(lines) == 4 and re.search("fewer than two clips, 0, of the class x+ in test", lines[3])
+    assert max(map(len, lines)) <= 80
+    few = data.table_of_classes(a_dataset(([30, 30], [9, 10], [2, 2]), ["a", "b"]))
+    assert len(few) == 4 and "fewer than ten clips per class to validate on" in few[3]
+    fine = data.table_of_classes(a_dataset(([30, 30], [10, 10], [2, 2]), ["a", "b"]))
+    assert len(fine) == 3
+    many = data.table_of_classes(a_dataset(([3] * 101, [*range(20, 121)], [7] * 101), [f"class {k}" for k in range(101)]))
+    assert [line.split()[-3:] for line in many[1:]] == [["3", "20", "7"], ["3", "120", "7"]]
+
+
+def test_one_word_is_one_class_in_either_unicode_form_and_the_table_is_printed(tmp_path):
+    names = ["\u00c4rger", "A\u0308rger", "joy"]
+    rows = [[f"{k}.npy", names[k % 3]] for k in range(30)]
+    write_features(tmp_path / "in", np.ones((30, 2, 3)) * np.arange(30)[:, None, None])
+    done = data_called(write_csv(tmp_path / "in/words.csv", ["x", "label"], rows), "--out", tmp_path)
+    assert done.returncode == 0 and data.load("words", tmp_path).classes == ["joy", "\u00c4rger"], done.stderr
+    assert re.search("joy +8 +1 +1\n", done.stdout) and re.search("\u00c4rger +16 +2 +2\n", done.stdout)
+    assert "fewer than two clips, 1, of the class joy in test" in done.stdout
 
 
 # --- 4 a prepared dataset: loading, batches, augmentation -----------------------------------------
