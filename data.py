@@ -15,6 +15,9 @@ What it leaves behind, and what training reads, is a folder of NumPy arrays:
     prepared/cremad/train/visual.npy   (N, T, H, W, 3) uint8
     prepared/cremad/train/audio.npy    (N, 1, F, T) float16
     prepared/cremad/train/labels.npy   (N,) int64, -1 if the clip was skipped
+
+A modality (audio, visual, flow, text: any name) is of a kind: frames, flow, fbank or sequence. What an array holds is
+told by its modality's spec, a dict in the manifest: the kind, the shape of one clip, how to normalise it.
 """
 
 import argparse
@@ -30,15 +33,18 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import sys
 import textwrap
 import threading
 import time
+import unicodedata
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from multiprocessing import parent_process
 from pathlib import Path
 
@@ -50,6 +56,7 @@ import scipy.signal
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
@@ -80,9 +87,29 @@ def explained(message, *let_through):
         raise DataError(f"{message} ({textwrap.shorten(f'{type(error).__name__}: {error}', 120)})") from error
 
 
-# --- 1  The datasets: from a raw folder to clips. One lister each; its keyword arguments are its options. ---
+# --- 1  Prepare: raw folder -> clips -> files -> rows of arrays -> manifest ---
 
 SPLITS = ("train", "val", "test")
+MAX_BAD = {"kinetics": 50.0}  # per cent of clips that may be unusable: many of Kinetics' are gone; others 5
+FIXED = {  # options that are not to be chosen
+    "demo": {"frames": 1, "keep": 1, "size": 32, "seconds": 1.2, "bins": 32, "shift": 50.0},
+    "cremad": {"more": {"longest": 10}},  # seconds: one film runs on for a minute after a sentence of three seconds
+}
+OPTIONS = {  # what they mean, and the range of the numbers
+    "frames": ("frames per clip, at the middles of equal segments", 1, 1000),
+    "keep": ("frames kept of each segment, for --augment to draw from; odd, so that one is the middle", 1, 99),
+    "size": ("pixels of a side", 1, 4096),
+    "seconds": ("length of the sound; 10.24 gives the official code's 1,024 frames", 0.025, 3600),
+    "bins": ("mel bands of a spectrogram, its rows", 8, 128),
+    "shift": ("milliseconds from one of its columns to the next", 1, 1000),
+    "split": ("clips: at random over clips; actors: whole actors held out",),
+    "split_dir": ("folder of the split lists that circulate",),
+    "fold": ("which of the three official splits", 1, 3),
+    "clips": ("how many clips are drawn", 1, 3456),
+    "seed": ("of the drawing", 0, 2**32),
+    "workers": ("processes", 1, 1000),
+    "max_bad": ("per cent of clips that may be unusable", 0, 100),
+}
 
 
 @dataclass
@@ -92,31 +119,213 @@ class Clip:
     id: str
     label: int
     split: str  # train, val or test
-    files: dict  # {modality: path}
+    files: dict  # {modality: path, or, of precomputed optical flow, the folders (u, v)}
+    group: str = ""  # clips of a group come into the same split: those of one actor, or cut from one video
+
+
+def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **options):
+    """Turn a raw download, or the files of a CSV, into `out`/`name` -> that folder.
+    `options` are the keyword arguments of the dataset's lister (section 2). Every clip has its row in arrays that are
+    made at full size first, and worker processes write the rows in place. Stopped at any moment, the same call
+    resumes, with the same result. Raises DataError for all that the user can mend, among it more than `max_bad` per
+    cent of clips that cannot be used."""
+    folder = Path(out) / name
+    raw = Path(raw or folder / "raw")
+    lister = choose_lister(name, raw)
+    options = {**default_options(lister), **options}
+    max_bad = MAX_BAD.get(name, 5.0) if max_bad is None else max_bad
+    check_ranges({**options, "workers": workers or 1, "max_bad": max_bad})
+    recorded = what_to_record(name, raw, options)
+    if is_prepared(folder, recorded):
+        return folder
+    if name == "mosi":
+        return mosi(raw, folder, recorded)
+
+    with explained(f"{raw}: the lists that say which clips there are cannot be understood", OSError):
+        clips, classes, kinds = lister(raw, **options)
+    splits = {split: [] for split in SPLITS}
+    for clip in clips:
+        splits[clip.split].append(clip)
+    check_files(folder, raw, splits)
+    options = {"more": {}, **FIXED.get(name, {}), **options}
+    specs = {m: make_spec(m, kind, clips, options) for m, kind in kinds.items()}
+    ids = {split: [clip.id for clip in mine] for split, mine in splits.items()}
+    plan = {"dataset": name, "options": recorded, "classes": classes, "modalities": specs, "splits": ids}
+    with exclusive(folder, wait=True):
+        if is_prepared(folder, recorded):  # by another process, meanwhile
+            return folder
+        if (folder / "plan.json").exists() and read_json(folder / "plan.json") != plan:
+            raise DataError(f"{folder} was begun with other clips than {raw} holds now: delete it to begin again")
+        make_arrays(folder, plan)
+        labels, skipped = fill_arrays(folder, plan, splits, workers, max_bad)
+        finish(folder, plan, labels, skipped)
+    return folder
+
+
+def choose_lister(name, raw):
+    """The function that says which clips a dataset has; of your own data, which is a .csv, own_data."""
+    own = raw.suffix.lower() == ".csv"
+    if own == (name in DATASETS) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise DataError(f"{raw} cannot be called {name!r}: a dataset is {', '.join(DATASETS)}, or another .csv")
+    return own_data if own else DATASETS[name]
+
+
+def default_options(lister):
+    parameters = inspect.signature(lister).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def check_ranges(options):
+    for option, value in options.items():
+        meaning, *limits = OPTIONS[option]
+        if not limits:
+            continue
+        low, high = limits
+        if not low <= value <= high or option == "keep" and value % 2 == 0:
+            raise DataError(f"--{option.replace('_', '-')} ({meaning}) goes from {low} to {high:,}, not {value}")
+
+
+def what_to_record(name, raw, options):
+    """The options as the manifest tells them, and the version of a file: an edited table makes another dataset."""
+    if name == "mosi":
+        if not raw.is_file():
+            raise DataError(f"--raw {raw} is no file: it takes the pickle itself, as aligned_50.pkl")
+        return {"raw": raw.name, "sha256": fingerprint(raw)}
+    recorded = json.loads(json.dumps(options, default=str))
+    if name not in DATASETS:
+        recorded["csv"] = fingerprint(raw)
+    return recorded
+
+
+def fingerprint(path):
+    """A few letters that tell one version of a table, or of a manifest, from another."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def is_prepared(folder, recorded):
+    """Whether nothing is left to do. What was made, or begun, with other options is not touched."""
+    for path in folder / "manifest.json", folder / "plan.json":
+        before = read_json(path)["options"] if path.exists() else recorded
+        if before != recorded:
+            changed = [f"{k} {before.get(k)}, now {v}" for k, v in recorded.items() if before.get(k) != v]
+            raise DataError(f"{folder} was made with other parameters ({', '.join(changed)}): "
+                            "delete it, or give another --out")  # fmt: skip
+    return (folder / "manifest.json").exists()
+
+
+def check_files(folder, raw, splits):
+    """Before any work: every split has clips, of which the files are there, and not as git-lfs stubs."""
+    for split, clips in splits.items():
+        if not clips:
+            raise DataError(f"{raw}: no clip is in the {split} split: a list of the splits is missing, or there are "
+                            "too few clips, or groups of them, to draw from. Nothing was prepared")  # fmt: skip
+    for split, clips in splits.items():
+        missing = {}  # {clip: a file of it that is not there}
+        for clip in clips:
+            for path in chain(*map(paths_of, clip.files.values())):
+                if not path.exists() or is_stub(path):
+                    missing[clip.id] = path
+        there = len(clips) - len(missing)
+        if there <= 0.1 * len(clips):
+            source = how_to_get(folder.name) if folder.name in SOURCES else ""
+            raise DataError(f"{raw}: of {len(clips):,} clips in the {split} split {there} have their files there, "
+                            f"git-lfs stubs not counted; {next(iter(missing.values()))} is missing. Is a part of the "
+                            f"download? Nothing was prepared. {source}")  # fmt: skip
+
+
+def paths_of(file):
+    """The paths of one of a clip's files: its own, or those of u and v."""
+    return file if isinstance(file, tuple) else (file,)
+
+
+def is_stub(path):
+    """Whether a file is git-lfs's placeholder: what a clone without git-lfs holds in place of media."""
+    return path.is_file() and path.stat().st_size < 200 and path.read_bytes().startswith(b"version https://git-lfs")
+
+
+def make_spec(m, kind, clips, options):
+    """The spec of a modality: how it is stored, and how `normalise` treats it."""
+    first = clips[0].files[m]
+    if kind == "sequence":
+        return sequence_spec(m, clips)
+    if kind == "fbank":
+        return fbank_spec(options["bins"], options["seconds"], options["shift"])
+    if file_type(first) == "picture":
+        return frames_spec(1, options["size"])
+    size = options["frames"], options["size"], options["keep"]
+    if kind == "flow":
+        return flow_spec(*size, flow=PICTURES_OF_FLOW if isinstance(first, tuple) else DIS)
+    return frames_spec(*size, **options["more"])
 
 
 def frames_spec(count, size, keep=1, **more):
-    """How a modality is stored, and how `normalise` treats it: ImageNet's mean and deviation, in units of 0..255."""
+    """(count * keep, size, size, 3) pixels, normalised by ImageNet's mean and deviation, here in units of 0..255."""
     return {"kind": "frames", "count": count, "keep": keep, "size": size, "shape": [count * keep, size, size, 3],
             "dtype": "uint8", "mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], **more}  # fmt: skip
 
 
 def flow_spec(count, size, keep=1, **more):
+    """(count * keep, size, size, 2): how far a pixel moves to the right and down, see read_flow."""
     flow = {"kind": "flow", "shape": [count * keep, size, size, 2], "mean": 128.0, "std": 32.0}
     return frames_spec(count, size, keep, **flow, **more)
 
 
-def fbank_spec(bins, seconds, shift=10.0):  # the official code's (x + 4.503877) / (2 * 5.141276)
+def fbank_spec(bins, seconds, shift=10.0):
+    """(1, bins, T), a column every `shift` ms, normalised as (x + 4.503877) / (2 * 5.141276) in the official code."""
     return {"kind": "fbank", "bins": bins, "shift": shift, "shape": [1, bins, max(1, round(seconds * 1000 / shift))],
             "dtype": "float16", "mean": -4.503877, "std": 2 * 5.141276}  # fmt: skip
 
 
+def prepare_clip(folder, specs, clip, row):
+    """Read one clip and write its rows -> the reason why it cannot be used, or ''."""
+    arrays = {}
+    for m, spec in specs.items():
+        try:
+            arrays[m] = read_file(clip.files[m], spec)
+        except Exception as error:  # whatever one clip does, the others are prepared
+            known = str(error) if isinstance(error, BadClip) else getattr(error, "strerror", None)
+            reason = known or f"{type(error).__name__}: {error}"
+            return f"{paths_of(clip.files[m])[0].name}: {' '.join(reason.split())}"
+    for m, array in arrays.items():
+        path = folder / clip.split / f"{m}.npy"
+        offset = np.load(path, mmap_mode="r").offset
+        with open(path, "r+b") as file:  # a full disk is an error here; through a map it would be a signal that kills
+            file.seek(offset + row * array.nbytes)
+            file.write(array.tobytes())
+    return ""
+
+
+def read_file(file, spec):
+    """What the spec wants of one file, as it is stored."""
+    for path in paths_of(file):
+        if not path.exists():
+            raise BadClip("missing")
+        if is_stub(path):
+            raise BadClip("a git-lfs stub, never fetched")
+    array = READERS[spec["kind"]](file, spec)
+    if not np.isfinite(array).all():
+        raise BadClip("not finite")
+    return array
+
+
+def finish(folder, plan, labels, skipped):
+    """Write {split: labels} and, last, the manifest, which says that the dataset is there."""
+    for split, array in labels.items():
+        write_atomically(folder / split / "labels.npy", partial(np.save, arr=array))
+    write_json(folder / "manifest.json", {**plan, "skipped": sorted(skipped)})
+    (folder / "plan.json").unlink(missing_ok=True)
+
+
+# --- 2  The datasets: listers, which say which clips there are and of what kind each modality is ---
+# A lister takes the raw folder; its keyword arguments are the dataset's options -> (clips, classes, {modality: kind}).
+
+
 def find_files(raw, *suffixes):
-    """All files below a folder that end so, in any case; of one name the best last, so that {path.stem: path} holds
-    it: Kinetics' `replacement` of a corrupt clip before anything, then .flv before .mp4, by the alphabet."""
+    """All files below a folder that end so, in any case. They are sorted so that {path.stem: path} holds, of several
+    with one name, the first by the alphabet: .flv before .mp4."""
     names = glob.iglob("**", root_dir=raw, recursive=True)
     paths = [Path(raw, name) for name in names if name.lower().endswith(suffixes)]
-    return sorted(paths, key=lambda p: (not p.parent.name.startswith("replacement"), p.suffix.lower(), p), reverse=True)
+    return sorted(paths, key=lambda path: (path.suffix.lower(), path), reverse=True)
 
 
 def split_of(name):
@@ -131,50 +340,51 @@ def find_lists(folder, *suffixes):
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def draw_splits(clips, val=0.1, test=0.1, unit=lambda clip: clip.id):
-    """Move shares of the training clips to test and val, at random, every class in its share, and whole units
-    (actors, groups cut from one video)."""
-    units = {}  # {unit: its clips}
+def draw_splits(clips, val=0.1, test=0.1):
+    """Move shares of the training clips to test and val, at random, every class in its share, and whole groups."""
+    groups = {}  # {group: its clips}
     for clip in clips:
         if clip.split == "train":
-            units.setdefault(unit(clip), []).append(clip)
-    total = len(units)
+            groups.setdefault(clip.group or clip.id, []).append(clip)
+    total = len(groups)
     for split, share in ("test", test), ("val", val):
-        rng = np.random.default_rng(0)
-        kinds = {}  # {label, or -1 for several: units}
-        for u in sorted(units):
-            labels = {clip.label for clip in units[u]}
-            kinds.setdefault(labels.pop() if len(labels) == 1 else -1, []).append(u)
-        places = []  # (where in 0..1 it stands among its kind, unit)
-        for kind in sorted(kinds):
-            mine = rng.permutation(kinds[kind]).tolist()
-            places += [((rank + 0.5) / len(mine), u) for rank, u in enumerate(mine)]
-        for _, u in sorted(places)[: round(share * total)]:
-            for clip in units.pop(u):
+        for group in shuffle_evenly(groups)[: round(share * total)]:
+            for clip in groups.pop(group):
                 clip.split = split
 
 
-def complete_splits(clips, unit=lambda clip: clip.id):
-    """Without a test set, validation becomes it; without a validation set, a tenth of the training units does."""
+def shuffle_evenly(groups):
+    """The groups at random, but so that any first part of them holds every class in its share."""
+    rng = np.random.default_rng(0)
+    classes = {}  # {label, or -1 for several: groups}
+    for group in sorted(groups):
+        labels = {clip.label for clip in groups[group]}
+        label = labels.pop() if len(labels) == 1 else -1
+        classes.setdefault(label, []).append(group)
+    places = []  # (where in 0..1 it stands in its class, group)
+    for label in sorted(classes):
+        shuffled = rng.permutation(classes[label]).tolist()
+        for rank, group in enumerate(shuffled):
+            places.append(((rank + 0.5) / len(shuffled), group))
+    return [group for _, group in sorted(places)]
+
+
+def complete_splits(clips):
+    """Without a test set, validation becomes it; without a validation set, a tenth of the training groups does."""
     splits = {clip.split for clip in clips}
     if "test" not in splits:
         for clip in clips:
             clip.split = clip.split.replace("val", "test")
     if not {"val", "test"} <= splits:
-        draw_splits(clips, test=0, unit=unit)
+        draw_splits(clips, test=0)
 
 
 EMOTIONS = ["ANG", "DIS", "FEA", "HAP", "NEU", "SAD"]
-CREMAD_ID = re.compile(r"\d{4}_[A-Z]{3}_(ANG|DIS|FEA|HAP|NEU|SAD)_[A-Z]{2}")
-
-
-def cremad_clip(name, audio, visual):
-    """A clip called <actor>_<sentence>_<emotion>_<level>."""
-    return Clip(name, EMOTIONS.index(name[9:12]), "train", {"audio": audio, "visual": visual})
+CREMAD_ID = re.compile(r"\d{4}_[A-Z]{3}_(ANG|DIS|FEA|HAP|NEU|SAD)_[A-Z]{2}")  # <actor>_<sentence>_<emotion>_<level>
 
 
 def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, split="clips", split_dir=None):
-    """CREMA-D: 7,442 clips, 91 actors, six emotions -> (clips, classes, specs).
+    """CREMA-D: 7,442 clips, 91 actors, six emotions.
     `raw` holds <id>.wav and <id>.flv (or .mp4) at any depth. split "clips" draws 80 / 10 / 10 per cent at random over
     clips, as in the paper: every actor is in all three. "actors" holds out whole actors. `split_dir` holds lists with
     lines `id,EMO` instead: my_train.csv or train.csv, test.csv, and val.csv unless a tenth of train is to be drawn.
@@ -184,19 +394,20 @@ def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, s
     if split == "actors" and split_dir:
         raise DataError("--split actors draws the splits, --split-dir takes them from lists: give one of the two")
     sounds = {path.stem: path for path in find_files(raw, ".wav")}
-    pictures = {path.stem: path for path in find_files(raw, ".flv", ".mp4")}
-    ids = sorted(filter(CREMAD_ID.fullmatch, {**sounds, **pictures}))
-    for found, what in (sounds, "sound: no AudioWAV/<id>.wav"), (pictures, "picture: no VideoFlash/<id>.flv"):
+    films = {path.stem: path for path in find_files(raw, ".flv", ".mp4")}
+    ids = sorted(filter(CREMAD_ID.fullmatch, {**sounds, **films}))
+    for found, what in (sounds, "sound: no AudioWAV/<id>.wav"), (films, "picture: no VideoFlash/<id>.flv"):
         if found.keys().isdisjoint(ids):
             raise DataError(f"{raw} holds no CREMA-D, or a copy without {what}. Fetch it from {MIRROR}")
-    clips = [cremad_clip(i, sounds.get(i, raw / f"{i}.wav"), pictures.get(i, raw / f"{i}.flv")) for i in ids]
+    clips = []
+    for i in ids:
+        files = {"audio": sounds.get(i, raw / f"{i}.wav"), "visual": films.get(i, raw / f"{i}.flv")}
+        clips.append(Clip(i, EMOTIONS.index(i[9:12]), "train", files, i[:4] if split == "actors" else i))
     if split_dir:
         clips = read_splits(split_dir, clips)
     else:
-        draw_splits(clips, unit=lambda clip: clip.id[:4] if split == "actors" else clip.id)
-    # one clip of the real set goes on for a minute after a sentence of three seconds
-    specs = {"audio": fbank_spec(bins, seconds, shift), "visual": frames_spec(frames, size, keep, longest=10)}
-    return clips, EMOTIONS, specs
+        draw_splits(clips)
+    return clips, EMOTIONS, {"audio": "fbank", "visual": "frames"}
 
 
 def read_splits(folder, clips):
@@ -226,15 +437,17 @@ stomping grapes, tap dancing, tapping guitar, tapping pen, tickling""".replace("
 
 
 def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, bins=128, shift=10.0, split_dir=None):
-    """Kinetics-Sounds: the clips of 31 classes out of Kinetics-400 -> (clips, classes, specs).
+    """Kinetics-Sounds: the clips of 31 classes out of Kinetics-400.
     `raw` holds, at any depth, train and val (or test) with a folder per class, or flat beside train.csv and val.csv
     (label,youtube_id,time_start,...). `split_dir` holds the lists that circulate instead, train.txt and test.txt
     with lines <youtube id>_<start>...,<seconds>,<label>. Test is the validation set, of 1,544 clips, where there is
     one, and validation a tenth of train; but the circulating lists test on Kinetics-400's *test* split."""
     paths = find_files(raw, ".mp4", ".mkv", ".webm")
+    paths.sort(key=lambda path: path.parent.name.startswith("replacement"))  # of corrupt clips of the same name
     found = {clip_key(path.stem): path for path in paths}
-    lists = find_lists(split_dir or raw, ".txt", ".csv")
-    rows = [(split, *row) for split, path in lists.items() for row in kinetics_rows(path)]
+    rows = []  # (split, clip, label)
+    for split, path in find_lists(split_dir or raw, ".txt", ".csv").items():
+        rows += [(split, key, label) for key, label in kinetics_rows(path)]
     if not rows and not split_dir:
         rows = kinetics_folders(raw, paths)
     if not any(key in found for _, key, _ in rows):
@@ -248,8 +461,7 @@ def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, bins=128, shift=10.
         clips[key] = Clip(key, label, split, {"audio": path, "visual": path})
     clips = list(clips.values())
     complete_splits(clips)
-    specs = {"audio": fbank_spec(bins, seconds, shift), "visual": frames_spec(frames, size, keep)}
-    return clips, KINETICS_SOUNDS, specs
+    return clips, KINETICS_SOUNDS, {"audio": "fbank", "visual": "frames"}
 
 
 def clip_key(stem):
@@ -271,59 +483,65 @@ def kinetics_rows(path):
 
 def kinetics_folders(raw, paths):
     """[(split, clip, label)] from the names of the folders that a clip lies in, test last."""
-    rows = []
+    rows = {split: [] for split in SPLITS}
     for path in paths:
         folders = [name.replace("_", " ") for name in path.relative_to(raw).parts[:-1]]
         splits = list(filter(None, map(split_of, folders)))
         labels = [KINETICS_SOUNDS.index(name) for name in folders if name in KINETICS_SOUNDS]
         if splits and labels and clip_key(path.stem):
-            rows.append((splits[-1], clip_key(path.stem), labels[-1]))
-    return sorted(rows, key=lambda row: SPLITS.index(row[0]))
+            rows[splits[-1]].append((splits[-1], clip_key(path.stem), labels[-1]))
+    return [*rows["train"], *rows["val"], *rows["test"]]
 
 
 UCF_ID = re.compile(r"v_(\w+?)_g(\d+)_c\d+", re.IGNORECASE)
+DIS = "DIS, computed with OpenCV"
+PICTURES_OF_FLOW = "TV-L1, from the pictures in the raw folder"
 
 
 def ucf101(raw, frames=3, keep=1, size=224, fold=1):
-    """UCF-101: RGB and optical flow of 13,320 clips, 101 classes -> (clips, classes, specs).
+    """UCF-101: RGB and optical flow of 13,320 clips, 101 classes.
     `raw` holds v_<Class>_gNN_cNN.avi at any depth. The official splits are a rule, so that no lists are needed: fold
     k tests on groups 7k-6 to 7k (held against the lists, where they are there). Validation is a tenth of the training
     groups, since the clips of a group are cut from one video. Flow is TV-L1 where there are pictures of it (see
     find_flow), else it is computed."""
-    files = find_files(raw, ".avi", ".txt")
-    found = {path.stem: path for path in files if path.suffix != ".txt" and UCF_ID.fullmatch(path.stem)}
-    if not found:
+    paths = find_files(raw, ".avi", ".txt")
+    films = {path.stem: path for path in paths if path.suffix != ".txt" and UCF_ID.fullmatch(path.stem)}
+    if not films:
         raise DataError(f"{raw} holds no UCF-101: no v_<Class>_gNN_cNN.avi (a .rar or .zip has to be unpacked)")
-    classes = sorted({UCF_ID.fullmatch(stem)[1] for stem in found}, key=str.lower)
+    classes = sorted({UCF_ID.fullmatch(stem)[1] for stem in films}, key=str.lower)
     flow = find_flow(raw)
     clips = []
-    for stem, path in sorted(found.items()):
+    for stem, path in sorted(films.items()):
         name, group = UCF_ID.fullmatch(stem).groups()
         split = "test" if (int(group) - 1) // 7 == fold - 1 else "train"
-        moves = flow.get(stem.lower(), raw / "u" / stem) if flow else path
-        clips.append(Clip(stem, classes.index(name), split, {"flow": moves, "visual": path}))
-    for path in [path for path in files if path.name == f"testlist0{fold}.txt"]:
-        listed = {Path(line).stem.lower() for line in path.read_text().split()}  # which write HandStandPushups
-        if any((clip.id.lower() in listed) != (clip.split == "test") for clip in clips):
-            raise DataError(f"{path} is not UCF-101's own list, groups {7 * fold - 6} to {7 * fold}: move it away")
-    draw_splits(clips, test=0, unit=lambda clip: clip.id[:-4])
-    source = "TV-L1, from the pictures in the raw folder" if flow else DIS
-    specs = {"flow": flow_spec(frames, size, keep, flow=source), "visual": frames_spec(frames, size, keep)}
-    return clips, classes, specs
+        files = {"flow": path, "visual": path}
+        if flow:  # a clip without pictures is skipped: two methods are not mixed
+            files["flow"] = flow.get(stem.lower(), (raw / "u" / stem, raw / "v" / stem))
+        clips.append(Clip(stem, classes.index(name), split, files, group=stem[:-4]))
+    for path in paths:
+        if path.name == f"testlist0{fold}.txt":
+            listed = {Path(line).stem.lower() for line in path.read_text().split()}  # which write HandStandPushups
+            if any((clip.id.lower() in listed) != (clip.split == "test") for clip in clips):
+                raise DataError(f"{path} is not UCF-101's own list, groups {7 * fold - 6} to {7 * fold}: move it away")
+    draw_splits(clips, test=0)
+    return clips, classes, {"flow": "flow", "visual": "frames"}
 
 
 def find_flow(raw):
-    """{clip in lower case: folder} of precomputed flow: <clip>/flow_x*.jpg and flow_y*.jpg, or, with u's folder
-    named, u/<clip>/*.jpg and v/<clip>/*.jpg, in which there may be folders of classes. Half of it is an error."""
-    found = {"u": {}, "v": {}}
+    """{clip in lower case: (u, v), two folders of pictures} of precomputed flow: <clip>/flow_x*.jpg and flow_y*.jpg,
+    or u/<clip>/*.jpg and v/<clip>/*.jpg, in which there may be folders of classes. Half of it is an error."""
+    u = {}
+    v = {}
     for name in glob.iglob("**/v_*_g*_c*/", root_dir=raw, recursive=True):
         folder = Path(raw, name)
-        for axis, files in ("u", "flow_x*"), ("v", "flow_y*"):
-            if axis in folder.parts[-3:-1] or any(folder.glob(files)):
-                found[axis][folder.name.lower()] = folder
-    if bool(found["u"]) != bool(found["v"]):
+        above = folder.parts[-3:-1]
+        if "u" in above or any(folder.glob("flow_x*")):
+            u[folder.name.lower()] = folder
+        if "v" in above or any(folder.glob("flow_y*")):
+            v[folder.name.lower()] = folder
+    if bool(u) != bool(v):
         raise DataError(f"{raw} holds half of the optical flow, u or v: unpack all parts, or move it away")
-    return found["u"]
+    return {clip: (folder, v.get(clip, raw / "v" / folder.name)) for clip, folder in u.items()}
 
 
 FILE_TYPES = {
@@ -332,15 +550,17 @@ FILE_TYPES = {
     "sound": (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac"),
     "features": (".npy",),
 }
+KINDS = {"picture": "frames", "sound": "fbank", "features": "sequence"}
+KINDS_OF_A_VIDEO = {"audio": "fbank", "flow": "flow"}  # by what the column is called
 
 
 def file_type(path):
     """One of FILE_TYPES, or None."""
-    return next((kind for kind, suffixes in FILE_TYPES.items() if str(path).lower().endswith(suffixes)), None)
+    return next((name for name, suffixes in FILE_TYPES.items() if str(path).lower().endswith(suffixes)), None)
 
 
 def own_data(table, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0):
-    """Your own clips from a CSV -> (clips, classes, specs).
+    """Your own clips from a CSV.
     It has a column `label`, and may have `split` (train, val or test; else 80 / 10 / 10 per cent are drawn, every
     label in its share), `group` (clips of a group then stay together) and `id`. Every other column is a modality and
     holds files, relative to the CSV: a video becomes frames, a picture one frame, a sound its fbank, a .npy of (T, D)
@@ -352,23 +572,12 @@ def own_data(table, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.
     clips = []
     for row in rows.to_dict("records"):
         files = {m: table.parent / row[m] for m in types}
-        clips.append(Clip(row["id"], classes.index(row["label"]), split_of(row.get("split", "train")), files))
-    groups = dict(zip(rows["id"], rows.get("group", rows["id"])))
+        split = split_of(row.get("split", "train"))
+        clips.append(Clip(row["id"], classes.index(row["label"]), split, files, row.get("group", "")))
     draw = complete_splits if "split" in rows else draw_splits
-    draw(clips, unit=lambda clip: groups[clip.id])
-    specs = {}
-    for m, kind in types.items():
-        if kind == "features":
-            specs[m] = sequence_spec(clips, m)
-        elif kind == "picture":
-            specs[m] = frames_spec(1, size)
-        elif kind == "sound" or m == "audio":
-            specs[m] = fbank_spec(bins, seconds, shift)
-        elif m == "flow":
-            specs[m] = flow_spec(frames, size, keep, flow=DIS)
-        else:
-            specs[m] = frames_spec(frames, size, keep)
-    return clips, classes, specs
+    draw(clips)
+    kinds = {m: KINDS_OF_A_VIDEO.get(m, "frames") if t == "video" else KINDS[t] for m, t in types.items()}
+    return clips, classes, kinds
 
 
 def read_table(table):
@@ -386,48 +595,83 @@ def read_table(table):
             raise DataError(f"{table}: a modality cannot be called {m!r}: give the column another name")
     if "id" not in rows:
         rows = rows.assign(id=[f"line {line}" for line in rows.index])
-    kinds = rows[modalities].map(file_type)
+    rows["label"] = rows["label"].map(partial(unicodedata.normalize, "NFC"))  # there are two ways to write an umlaut
+    types = rows[modalities].map(file_type)
     problems = {"has an empty cell": (rows == "").any(axis=1), "has the id of another clip": rows["id"].duplicated()}
     if "split" in rows:
         problems["is in a split other than train, val or test"] = rows["split"].map(split_of).isna()
     for m in modalities:
-        problems[f"has no video, picture, sound or .npy file in {m}, or not what {m} begins with"] = (
-            kinds[m].isna() | (kinds[m] != kinds[m].iloc[0]))  # fmt: skip
+        wrong = types[m].isna() | (types[m] != types[m].iloc[0])
+        problems[f"has no video, picture, sound or .npy file in {m}, or not what {m} begins with"] = wrong
     for problem, wrong in problems.items():
         if wrong.any():
             raise DataError(f"{table}, line {wrong.idxmax()} {problem}: {', '.join(rows.loc[wrong.idxmax()])}")
-    return rows, kinds.iloc[0].to_dict()
+    return rows, types.iloc[0].to_dict()
 
 
-def sequence_spec(clips, m):
-    """The longest length and the width of a modality's .npy files, and the training set's statistics."""
-    arrays = []
-    for clip in clips:
-        with suppress(Exception):  # a broken file is skipped, with its reason, when it is prepared
-            arrays.append((clip.split, np.array(open_features(clip.files[m]))))
-    train = [x for split, x in arrays if split == "train"]
-    if not train:
-        raise DataError(f"no training clip has a .npy file of (T, D) or (D,) numbers in the column {m}")
-    widths = [x.shape[1] for x in train]
-    width = max(widths, key=widths.count)
-    x = np.concatenate([x for x in train if x.shape[1] == width])  # (steps, D)
-    mean, std = statistics(x[x.any(-1)])
-    return {"kind": "sequence", "shape": [max(len(x) for _, x in arrays), width], "dtype": "float32",
-            "mean": mean.tolist(), "std": std.tolist()}  # fmt: skip
+def demo(raw, clips=2100, seed=0):
+    """The miniature CREMA-D: written to `raw` as real files, then listed and read as CREMA-D is.
+    1,000 / 300 / 800 clips at the default size; one frame of 32 x 32 pixels, 32 mel bands, 1.2 s."""
+    with exclusive(raw, wait=True):
+        names = make_demo(raw, clips, seed)
+    drawn = []
+    for i in sorted(names):
+        files = {"audio": raw / f"AudioWAV/{i}.wav", "visual": raw / f"VideoFlash/{i}.flv"}
+        drawn.append(Clip(i, EMOTIONS.index(i[9:12]), "train", files))
+    draw_splits(drawn, 300 / 2100, 800 / 2100)
+    return drawn, EMOTIONS, {"audio": "fbank", "visual": "frames"}
 
 
-def statistics(x):
-    """Mean and deviation of each feature of (n, D) numbers over what is finite; that of a constant is 1."""
-    finite = np.isfinite(x)
-    x = np.where(finite, x, 0).astype(np.float64)
-    std = x.std(0, where=finite)
-    return np.nan_to_num(x.mean(0, where=finite)), np.where(std > 1e-6, std, 1)
+MOSI_SHA256 = "d3994fd25681"  # of aligned_50.pkl, its beginning
 
 
-def standardise(x, present, mean, std):
-    """(..., T, D) standardised, float32; what is not finite becomes the mean, 0, and steps not present exactly 0."""
-    z = (x - np.array(mean)) / std
-    return np.float32(np.where(np.isfinite(z) & present[..., None], z, 0))
+def mosi(raw, folder, recorded):
+    """CMU-MOSI from one pickle in MMSA's or MultiBench's layout: text, audio and vision as (N, T, D) -> folder.
+    No lister: the arrays are there and only need cleaning. What is not finite becomes the mean; every feature is
+    standardised with the training set's statistics over what is not padding; padding is exactly 0. Two classes:
+    sentiment < 0, and >= 0."""
+    if raw.name == "aligned_50.pkl" and recorded["sha256"] != MOSI_SHA256:
+        print(f"warning: {raw} is not the {raw.name} that MMSA publishes: its SHA-256 is another", file=sys.stderr)
+    specs = {}
+    arrays = {}  # {file: array}
+    labels = {}
+    ids = {}
+    skipped = []
+    scale = {}  # {modality: mean and deviation over the training set}
+    with explained(f"{raw} is not CMU-MOSI as MMSA or MultiBench lay it out, but damaged, or a web page or a git-lfs "
+                   "stub saved in its place: download it anew"):  # fmt: skip
+        pickled = PlainUnpickler(io.BytesIO(raw.read_bytes()), encoding="latin1").load()
+        for split, part in ("train", pickled["train"]), ("val", pickled["valid"]), ("test", pickled["test"]):
+            for m in "text", "audio", "vision":
+                x = np.asarray(part[m], np.float32)  # (N, T, D)
+                present = is_present(x, m, part)  # (N, T)
+                scale.setdefault(m, statistics(x[present]))
+                arrays[f"{split}/{m}"] = standardise(x, present, *scale[m])
+                spec = {"kind": "sequence", "shape": list(x.shape[1:]), "dtype": "float32"}
+                if specs.setdefault(m, spec) != spec or len(x) != len(part["text"]):
+                    raise ValueError(f"in {split}, {m} has the shape {x.shape}")
+            score = np.float32(part.get("regression_labels", part.get("labels"))).reshape(len(x), -1)[:, 0]
+            labels[split] = np.where(np.isfinite(score), score >= 0, -1)
+            ids[split] = [str(i) for i in np.reshape(part.get("id", range(len(x))), (len(x), -1))[:, 0]]
+            skipped += [[split, ids[split][row], "no score"] for row in np.flatnonzero(~np.isfinite(score))]
+    plan = {"dataset": "mosi", "options": recorded, "classes": ["negative", "non-negative"]}
+    with exclusive(folder, wait=True):
+        if is_prepared(folder, recorded):  # by another process, meanwhile
+            return folder
+        for name, array in arrays.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_atomically(folder / f"{name}.npy", partial(np.save, arr=array))
+        finish(folder, {**plan, "modalities": specs, "splits": ids}, labels, skipped)
+    return folder
+
+
+def is_present(x, modality, part):
+    """Which steps of (N, T, D) are no padding, (N, T) bool: by the pickle's lengths or mask, else the non-zero ones."""
+    if f"{modality}_lengths" in part:
+        return np.arange(x.shape[1]) < np.reshape(part[f"{modality}_lengths"], (-1, 1))
+    if modality == "text" and "text_bert" in part:  # (N, 3, T): ids, mask, segments
+        return np.asarray(part["text_bert"])[:, 1] != 0
+    return x.any(-1)
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -443,103 +687,36 @@ class PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-MOSI_SHA256 = "d3994fd25681f9c7ad6e9c6596a6fe9b4beb85ff7d478ba978b124139002e5f9"  # of aligned_50.pkl
-
-
-def prepare_mosi(raw, folder):
-    """CMU-MOSI from one pickle in MMSA's or MultiBench's layout: text, audio and vision as (N, T, D).
-    What is not finite becomes the mean; every feature is standardised with the training set's statistics over what
-    is not padding; padding is exactly 0. Two classes: sentiment < 0, and >= 0."""
-    if not raw.is_file():
-        raise DataError(f"--raw {raw} is no file: it takes the pickle itself, as aligned_50.pkl")
-    content = raw.read_bytes()
-    sha256 = hashlib.sha256(content).hexdigest()
-    options = {"raw": raw.name, "sha256": sha256[:12]}
-    check_options(folder, options)
-    if (folder / "manifest.json").exists():
-        return folder
-    if raw.name == "aligned_50.pkl" and sha256 != MOSI_SHA256:
-        print(f"warning: {raw} is not the {raw.name} that MMSA publishes: its SHA-256 is another", file=sys.stderr)
-    specs = {}
-    arrays = {}  # {file: array}
-    ids = {}
-    skipped = []
-    scale = {}  # {modality: mean and deviation over the training set}
-    with explained(f"{raw} is not CMU-MOSI as MMSA or MultiBench lay it out, but damaged, or a web page or a git-lfs "
-                   "stub saved in its place: download it anew"):  # fmt: skip
-        pickled = PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
-        for split, part in ("train", pickled["train"]), ("val", pickled["valid"]), ("test", pickled["test"]):
-            for m in "text", "audio", "vision":
-                x = np.asarray(part[m], np.float32)  # (N, T, D)
-                present = is_present(x, m, part)  # (N, T)
-                scale.setdefault(m, statistics(x[present]))
-                arrays[f"{split}/{m}"] = standardise(x, present, *scale[m])
-                spec = {"kind": "sequence", "shape": list(x.shape[1:]), "dtype": "float32"}
-                if specs.setdefault(m, spec) != spec or len(x) != len(part["text"]):
-                    raise ValueError(f"in {split}, {m} has the shape {x.shape}")
-            score = np.float32(part.get("regression_labels", part.get("labels"))).reshape(len(x), -1)[:, 0]
-            arrays[f"{split}/labels"] = np.where(np.isfinite(score), score >= 0, -1)
-            ids[split] = [str(i) for i in np.reshape(part.get("id", range(len(x))), (len(x), -1))[:, 0]]
-            skipped += [[split, ids[split][row], "no score"] for row in np.flatnonzero(~np.isfinite(score))]
-    for name, array in arrays.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"{name}.npy", partial(np.save, arr=array))
-    write_json(folder / "manifest.json", {"dataset": "mosi", "options": options, "modalities": specs,
-               "classes": ["negative", "non-negative"], "splits": ids, "skipped": skipped})  # fmt: skip
-    return folder
-
-
-def is_present(x, modality, part):
-    """Which steps of (N, T, D) are no padding, (N, T) bool: by the pickle's lengths or mask, else the non-zero ones."""
-    if f"{modality}_lengths" in part:
-        return np.arange(x.shape[1]) < np.reshape(part[f"{modality}_lengths"], (-1, 1))
-    if modality == "text" and "text_bert" in part:  # (N, 3, T): ids, mask, segments
-        return np.asarray(part["text_bert"])[:, 1] != 0
-    return x.any(-1)
-
-
-def demo(raw, clips=2100, seed=0):
-    """The miniature CREMA-D: written to `raw` as real files, then listed and read as CREMA-D is.
-    1,000 / 300 / 800 clips at the default size; one frame of 32 x 32 pixels, 32 mel bands, 1.2 s."""
-    names = sorted(make_demo(raw, clips, seed))
-    drawn = [cremad_clip(i, raw / f"AudioWAV/{i}.wav", raw / f"VideoFlash/{i}.flv") for i in names]
-    draw_splits(drawn, 300 / 2100, 800 / 2100)
-    return drawn, EMOTIONS, {"audio": fbank_spec(32, 1.2, shift=50.0), "visual": frames_spec(1, 32)}
-
-
-LISTERS = {"demo": demo, "cremad": cremad, "kinetics": kinetics, "ucf101": ucf101}
+DATASETS = {"demo": demo, "cremad": cremad, "kinetics": kinetics, "ucf101": ucf101, "mosi": mosi}
 MIRROR = "https://gitlab.com/cs-cooper-lab/crema-d-mirror"
-DIS = "DIS, computed with OpenCV"
-SOURCES = {  # name: (what it is called when it is there, how to get it)
-    "cremad": ("CREMA-D", f"""3.05 GB from its mirror, with git-lfs (GitHub's copy is over its budget: it sends stubs):
+SOURCES = {  # name: (what it is called when it is there, where to get it); the README tells of others
+    "cremad": ("CREMA-D", f"""3 GB, with git-lfs:
      GIT_LFS_SKIP_SMUDGE=1 git clone --depth 1 {MIRROR}.git CREMA-D
-     git -C CREMA-D lfs pull -I "AudioWAV/**,VideoFlash/**"
-     (without git-lfs, 7.5 GB: {MIRROR}/-/archive/main/crema-d-mirror-main.tar.gz)"""),
-    "kinetics": ("kinetics400", """Kinetics-400, 436 GB: https://github.com/cvdfoundation/kinetics-dataset
-     or of Kinetics-600 the 31 classes only, some 25 GB, in which part of the clips is missing:
-     https://s3.amazonaws.com/kinetics/600/train/playing%20guitar.tar.gz, unpacked into
-     kinetics400/train/playing guitar, and so on for val and the other classes"""),
-    "ucf101": ("UCF101", """6.5 GB, to be unpacked (lists of splits are not needed):
-     https://www.crcv.ucf.edu/data/UCF101/UCF101.rar
-     or UCF-101.zip of https://huggingface.co/datasets/quchenyuan/UCF101-ZIP"""),
-    "mosi": ("aligned_50.pkl", """367 MB, features only:
-     curl -L -O https://huggingface.co/datasets/tamb2203579/CMU-MOSI/resolve/main/Processed/aligned_50.pkl"""),
+     git -C CREMA-D lfs pull -I "AudioWAV/**,VideoFlash/**" """),
+    "kinetics": ("kinetics400", "436 GB: https://github.com/cvdfoundation/kinetics-dataset"),
+    "ucf101": ("UCF101", "6.5 GB, to be unpacked: https://www.crcv.ucf.edu/data/UCF101/UCF101.rar"),
+    "mosi": ("aligned_50.pkl", """367 MB:
+     https://huggingface.co/datasets/tamb2203579/CMU-MOSI/resolve/main/Processed/aligned_50.pkl"""),
 }  # fmt: skip
 
 
-def how_to_get(name, folder):
+def how_to_get(name):
+    raw, source = SOURCES[name]
+    return f"Get {raw}, {source}"
+
+
+def how_to_prepare(name, folder):
     """What to do when a prepared dataset is not there."""
     out = "" if folder.parent == Path("prepared") else f" --out {folder.parent}"
     if name not in SOURCES:
         table = name if name == "demo" else f"{name}.csv"
         return f"{folder} holds no manifest.json: make it with  python data.py {table}{out}"
-    raw, source = SOURCES[name]
-    return (f"{name} is not prepared: {folder} holds no manifest.json\n  1. Get {raw}: {source}\n"
-            f"  2. Prepare it:  python data.py {name} --raw {raw}{out}\n"
+    return (f"{name} is not prepared: {folder} holds no manifest.json\n  1. {how_to_get(name)}\n"
+            f"  2. Prepare it:  python data.py {name} --raw {SOURCES[name][0]}{out}\n"
             f"Or see the method at work now:  python dr.py --dataset demo")  # fmt: skip
 
 
-# --- 2  Reading media: a clip's files to arrays. PyAV's wheels carry FFmpeg. ---
+# --- 3  Reading media: one of a clip's files -> its rows. PyAV's wheels carry FFmpeg. ---
 
 
 def middles(length, count):
@@ -555,11 +732,6 @@ def open_media(path):
         return av.open(str(path), options=options, metadata_errors="replace")
     except TypeError:  # from PyAV 19 on it does so by itself
         return av.open(str(path), options=options)
-
-
-def is_stub(path):
-    """Whether a file is git-lfs's placeholder: what a clone without git-lfs holds in place of media."""
-    return path.is_file() and path.stat().st_size < 200 and path.read_bytes().startswith(b"version https://git-lfs")
 
 
 def read_frames(path, spec):
@@ -616,62 +788,50 @@ def pick_frames(path, spec, pairs=False):
 
 
 def decode(codec, packets, wanted):
-    """{i: frame} for the frames `wanted`, counted in the order in which they are shown. Where that is the order of the
-    packets, decoding begins at the last keyframe before each."""
+    """{i: frame} for the frames `wanted`, counted in the order in which they are shown."""
     codec.thread_count = 1  # it is the clips that are read in parallel
-    times = [-1 if p.is_discard or p.pts is None else p.pts for p in packets]
-    in_order = codec.name != "mpeg4" and all(np.diff(times) > 0)  # an AVI's times tell nothing of B-frames
-    keys = [k for k, p in enumerate(packets) if k == 0 or in_order and p.is_keyframe]
-    packets = [*packets, None]  # None: what is still in the decoder comes out
-    frames = {}
-    shown = fed = 0  # frames out of the decoder, packets into it
-    for i in sorted(set(wanted)):
-        key = max(k for k in keys if k <= i)
-        if key > fed:
-            codec.flush_buffers()
-            shown = fed = key
-        while shown <= i and fed < len(packets):
-            for frame in codec.decode(packets[fed]):
-                frames[shown] = frame
-                shown += 1
-            fed += 1
-    return frames
+    shown = chain.from_iterable(map(codec.decode, [*packets, None]))  # None: what is still in the decoder comes out
+    return {i: frame for i, frame in enumerate(islice(shown, max(wanted) + 1)) if i in wanted}
 
 
 def read_flow(source, spec):
     """Optical flow at the middles of equal parts, (count * keep, size, size, 2) uint8: 128 is none, 255 is 20 pixels.
-    `source` is a folder of pictures (see find_flow), or a video, for OpenCV's DIS (Kroeger et al. 2016)."""
-    axes = []  # u, v, u, v, ...
-    if source.is_dir():
-        u, v = flow_pictures(source)
-        for i in middles(len(u), spec["count"] * spec["keep"]):
-            axes += [Image.open(u[i]), Image.open(v[i])]
-    else:
-        import cv2
-
-        cv2.setNumThreads(1)
-        dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        grey = [convert(frame, None, None, "gray") for frame in pick_frames(source, spec, pairs=True)]
-        grey = [np.ascontiguousarray(picture) for picture in grey]  # OpenCV takes no padded rows
-        for first, second in zip(grey[::2], grey[1::2]):
-            move = 128 + dis.calc(first, second, None) * (127 / 20)  # (H, W, 2)
-            axes += map(Image.fromarray, np.uint8(np.clip(move, 0, 255).round()).transpose(2, 0, 1))
+    `source` is a pair of folders of pictures (see find_flow), or a video, for OpenCV's DIS (Kroeger et al. 2016)."""
+    fields = flow_from_pictures if isinstance(source, tuple) else flow_by_dis
     size = (spec["size"], spec["size"])
-    flow = np.stack([axis.convert("L").resize(size, Image.BILINEAR) for axis in axes])
-    return flow.reshape(-1, 2, *size).transpose(0, 2, 3, 1)
+    axes = [axis.convert("L").resize(size, Image.BILINEAR) for axis in fields(source, spec)]
+    return np.stack(axes).reshape(-1, 2, *size).transpose(0, 2, 3, 1)
 
 
-def flow_pictures(folder):
+def flow_from_pictures(folders, spec):
+    """Yield u, v, u, v, ... as pictures."""
+    u, v = flow_pictures(folders)
+    for i in middles(len(u), spec["count"] * spec["keep"]):
+        yield Image.open(u[i])
+        yield Image.open(v[i])
+
+
+def flow_pictures(folders):
     """The pictures of u and of v, in either layout."""
-    u = sorted(folder.glob("flow_x*.jpg"))
-    v = sorted(folder.glob("flow_y*.jpg"))
-    if not u:
-        twin = re.sub(r"(^|/)u/(([^/]+/)?[^/]+)$", r"\1v/\2", folder.as_posix())
-        u = sorted(folder.glob("*.jpg"))
-        v = sorted(Path(twin).glob("*.jpg"))
+    u = sorted(folders[0].glob("flow_x*.jpg")) or sorted(folders[0].glob("*.jpg"))
+    v = sorted(folders[1].glob("flow_y*.jpg")) or sorted(folders[1].glob("*.jpg"))
     if not u or len(u) != len(v):
         raise BadClip(f"{len(u)} pictures of flow in u, {len(v)} in v")
     return u, v
+
+
+def flow_by_dis(path, spec):
+    """Yield u, v, u, v, ... as pictures."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    grey = []
+    for frame in pick_frames(path, spec, pairs=True):
+        grey.append(np.ascontiguousarray(convert(frame, None, None, "gray")))  # OpenCV takes no padded rows
+    for first, second in zip(grey[::2], grey[1::2]):
+        move = 128 + dis.calc(first, second, None) * (127 / 20)  # (H, W, 2)
+        yield from map(Image.fromarray, np.uint8(np.clip(move, 0, 255).round()).transpose(2, 0, 1))
 
 
 def read_sound(path, rate=16000):
@@ -712,6 +872,10 @@ def fbank(sound, spec, rate=16000):
     return mel.T[None].half().numpy()
 
 
+def read_fbank(path, spec):
+    return fbank(read_sound(path), spec)
+
+
 def open_features(path):
     """A .npy file of (T, D) or (D,) numbers, as (T, D)."""
     x = np.load(path, mmap_mode="r")
@@ -726,129 +890,125 @@ def read_features(path, spec):
     padded = np.zeros(spec["shape"], np.float32)
     if x.shape[1] != padded.shape[1]:
         raise BadClip(f"{x.shape[1]} features, where the others have {padded.shape[1]}")
-    padded[: len(x)] = standardise(x, x.any(-1), spec["mean"], spec["std"])
+    padded[: len(x)] = standardise(x, np.ones(len(x), bool), spec["mean"], spec["std"])
     return padded
 
 
-def read_fbank(path, spec):
-    return fbank(read_sound(path), spec)
+def sequence_spec(m, clips):
+    """The longest length and the width of a modality's .npy files, and the training set's statistics."""
+    arrays = []
+    for clip in clips:
+        with suppress(Exception):  # a broken file is skipped, with its reason, when it is prepared
+            arrays.append((clip.split, np.array(open_features(clip.files[m]))))
+    train = [x for split, x in arrays if split == "train"]
+    if not train:
+        raise DataError(f"no training clip has a .npy file of (T, D) or (D,) numbers in the column {m}")
+    widths = [x.shape[1] for x in train]
+    width = max(widths, key=widths.count)
+    x = np.concatenate([x for x in train if x.shape[1] == width])  # (steps, D)
+    mean, std = statistics(x)
+    shape = [max(len(x) for _, x in arrays), width]
+    return {"kind": "sequence", "shape": shape, "dtype": "float32", "mean": mean.tolist(), "std": std.tolist()}
+
+
+def statistics(x):
+    """Mean and deviation of each feature of (n, D) numbers over what is finite; that of a constant is 1."""
+    finite = np.isfinite(x)
+    x = np.where(finite, x, 0).astype(np.float64)
+    std = x.std(0, where=finite)
+    return np.nan_to_num(x.mean(0, where=finite)), np.where(std > 1e-6, std, 1)
+
+
+def standardise(x, present, mean, std):
+    """(..., T, D) standardised, float32; what is not finite becomes the mean, 0. Steps that are not present, and these
+    alone, are exactly 0 in all features: padding."""
+    z = (x - np.array(mean)) / std
+    z = np.float32(np.where(np.isfinite(z) & present[..., None], z, 0))
+    z[..., 0] = np.where(present & ~z.any(-1), 1e-30, z[..., 0])
+    return z
 
 
 READERS = {"frames": read_frames, "flow": read_flow, "fbank": read_fbank, "sequence": read_features}
 
 
-# --- 3  Preparing: on all cores, in place, and resuming where it was stopped ---
+# --- 4  The machinery of preparing: processes, a journal, writing atomically ---
 
-MAX_BAD = {"kinetics": 50.0}  # many of its clips are gone
+
+@contextmanager
+def exclusive(folder, wait=False):
+    """Hold a folder, which is made, until this process is done with it, or dead: no other writes there meanwhile.
+    Where another one holds it, wait for that; else raise DataError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")  # the system's own: it ends with the process, however that ends
+    holder = folder / ".holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text() if holder.exists() else "another process"
+        if not wait:
+            raise DataError(f"{who} is at work in {folder}: wait until it is done, or choose another folder") from None
+        print(f"waiting until {who} is done with {folder}", file=sys.stderr)
+        lock.acquire()
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def cpu_count():
+    """How many cores this process may use: taskset, SLURM and containers lend fewer than the machine has."""
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on
+        return os.process_cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+SKIPPED = -1
+NOT_YET = -2  # labels.npy is a journal: a clip that is not safely on the disk has this label
 JOURNAL_EVERY = 2.0  # seconds: flushing every clip to the disk would be slow
-OPTIONS = {  # what they mean, and how far numbers may go
-    "frames": ("frames per clip, at the middles of equal segments", 1, 1000),
-    "keep": ("frames kept of each segment, for --augment to draw from; odd, so that one is the middle", 1, 99),
-    "size": ("pixels of a side", 1, 4096),
-    "seconds": ("length of the sound; 10.24 gives the official code's 1,024 frames", 0.025, 3600),
-    "bins": ("mel bands of a spectrogram, its rows", 8, 128),
-    "shift": ("milliseconds from one of its columns to the next", 1, 1000),
-    "split": ("clips: at random over clips; actors: whole actors held out",),
-    "split_dir": ("folder of the split lists that circulate",),
-    "fold": ("which of the three official splits", 1, 3),
-    "clips": ("how many clips are drawn", 1, 3456),
-    "seed": ("of the drawing", 0, 2**32),
-    "workers": ("processes", 1, 1000),
-    "max_bad": ("per cent of clips that may be unusable", 0, 100),
-}
 
 
-def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **options):
-    """Turn a raw download, or the files of a CSV, into `out`/`name` -> that folder. `options` are its lister's keyword
-    arguments. Every clip has its row in arrays that are made at full size first; workers write rows in place, and a
-    journal says which are safely on disk: stopped at any moment, the same call resumes, with the same result. Raises
-    DataError for all that the user can mend, among it more than `max_bad` per cent of bad clips (MAX_BAD, else 5)."""
-    folder = Path(out) / name
-    raw = Path(raw or folder / "raw")
-    own = raw.suffix.lower() == ".csv"
-    if own == (name in LISTERS or name == "mosi") or not re.fullmatch(r"\w[\w.-]*", name):
-        raise DataError(f"{raw} cannot be called {name!r}: a dataset is {', '.join(LISTERS)}, mosi, or another .csv")
-    if name == "mosi":
-        return prepare_mosi(raw, folder)
-    lister = own_data if own else LISTERS[name]
-    options = {**default_options(lister), **options}
-    max_bad = MAX_BAD.get(name, 5.0) if max_bad is None else max_bad
-    for k, value in {**options, "workers": workers or 1, "max_bad": max_bad}.items():
-        meaning, *limits = OPTIONS[k]
-        if limits and not limits[0] <= value <= limits[1] or k == "keep" and value % 2 == 0:
-            raise DataError(f"--{k.replace('_', '-')} ({meaning}) goes from {limits[0]} to {limits[1]:,}, not {value}")
-    recorded = json.loads(json.dumps(options, default=str))
-    if own:  # an edited table makes another dataset
-        recorded["csv"] = fingerprint(raw)
-    check_options(folder, recorded)
-    if (folder / "manifest.json").exists():
-        return folder
-
-    with explained(f"{raw}: the lists that say which clips there are cannot be understood", OSError):
-        clips, classes, specs = lister(raw, **options)
-    splits = {split: [clip for clip in clips if clip.split == split] for split in SPLITS}
-    check_files(folder, raw, splits)
-    ids = {split: [clip.id for clip in mine] for split, mine in splits.items()}
-    plan = {"dataset": name, "options": recorded, "classes": classes, "modalities": specs, "splits": ids}
-    if (folder / "plan.json").exists() and read_json(folder / "plan.json") != plan:
-        raise DataError(f"{folder} was begun with other clips than {raw} holds now: delete it to begin again")
-    bad = prepare_clips(folder, plan, splits, workers, max_bad)
-
-    skipped = {i for _, i, _ in bad}
-    for split, mine in splits.items():
-        labels = np.array([-1 if clip.id in skipped else clip.label for clip in mine], np.int64)
-        write_atomically(folder / split / "labels.npy", partial(np.save, arr=labels))
-    write_json(folder / "manifest.json", {**plan, "skipped": sorted(bad)})
-    (folder / "journal.txt").unlink()
-    (folder / "plan.json").unlink()
-    return folder
+def make_arrays(folder, plan):
+    """Write the plan down and create its arrays at full size, once the disk is seen to hold them."""
+    wanted = {}  # {path: (dtype, shape)}
+    for split, ids in plan["splits"].items():
+        for m, spec in plan["modalities"].items():
+            wanted[folder / split / f"{m}.npy"] = (spec["dtype"], (len(ids), *spec["shape"]))
+    new = {path: array for path, array in wanted.items() if not is_array(path, *array)}
+    size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in new.values())
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise DataError(f"{folder} will take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
+                        "give another --out, or a smaller --size")  # fmt: skip
+    if new or not (folder / "plan.json").exists():  # what a journal may tell of is not there
+        for split in SPLITS:
+            (folder / split / "labels.npy").unlink(missing_ok=True)
+    write_json(folder / "plan.json", plan)
+    for path, (dtype, shape) in new.items():
+        path.parent.mkdir(exist_ok=True)
+        np.lib.format.open_memmap(path.with_suffix(".new"), "w+", dtype, shape)
+        os.replace(path.with_suffix(".new"), path)
 
 
-def fingerprint(path):
-    """A few letters that tell one version of a table, or of a manifest, from another."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+def is_array(path, dtype, shape):
+    """Whether such an array is there, whole."""
+    with suppress(OSError, ValueError, EOFError):
+        array = np.load(path, mmap_mode="r")
+        return array.dtype == dtype and array.shape == shape
+    return False
 
 
-def default_options(lister):
-    return {p.name: p.default for p in list(inspect.signature(lister).parameters.values())[1:]}
-
-
-def check_options(folder, options):
-    """What was made, or begun, with other options is not touched."""
-    for made in folder / "manifest.json", folder / "plan.json":
-        before = read_json(made)["options"] if made.exists() else options
-        if before != options:
-            changed = ", ".join(f"{k} {before.get(k)}, now {v}" for k, v in options.items() if before.get(k) != v)
-            raise DataError(f"{folder} was made with other parameters ({changed}): delete it, or give another --out")
-
-
-def check_files(folder, raw, splits):
-    """Before any work: every split has clips, of which the files are there, and not as git-lfs stubs."""
-    if empty := [split for split, clips in splits.items() if not clips]:
-        raise DataError(f"{raw}: no clip is in the {empty[0]} split: a list of the splits is missing, or there are too "
-                        "few clips, or groups of them, to draw from. Nothing was prepared")  # fmt: skip
+def fill_arrays(folder, plan, splits, workers, max_bad):
+    """Prepare the clips that are left -> {split: labels}, [[split, clip, why it was skipped]]."""
+    labels = {split: read_journal(folder / split / "labels.npy", clips) for split, clips in splits.items()}
+    todo = []  # (clip, row)
     for split, clips in splits.items():
-        missing = {}  # {clip: a file of it that is not there}
-        for clip in clips:
-            missing |= {clip.id: path for path in clip.files.values() if not path.exists() or is_stub(path)}
-        there = len(clips) - len(missing)
-        if there <= 0.1 * len(clips):
-            source = " Get {}: {}".format(*SOURCES[folder.name]) if folder.name in SOURCES else ""
-            raise DataError(f"{raw}: of {len(clips):,} clips in the {split} split {there} have their files there, "
-                            f"git-lfs stubs not counted; {next(iter(missing.values()))} is missing. Is a part of the "
-                            f"download? Nothing was prepared.{source}")  # fmt: skip
-
-
-def prepare_clips(folder, plan, splits, workers, max_bad):
-    """Do what is left to do -> [[split, clip, why it was skipped]]."""
-    paths = make_arrays(folder, plan)
-    journal = folder / "journal.txt"
-    journal.touch()
-    done = set(journal.read_text(errors="replace").split("\n")[:-1])  # a clip of a damaged line is read again
-    jobs = [(clip, row) for clips in splits.values() for row, clip in enumerate(clips)]
-    todo = [(clip, row) for clip, row in jobs if f"{clip.split} {row}" not in done]
-    bad = []
-    safe = []  # lines for the journal
+        todo += [(clip, row) for row, clip in enumerate(clips) if labels[split][row] == NOT_YET]
+    total = sum(map(len, splits.values()))
+    skipped = []
     saved = time.monotonic()
     results = in_parallel(partial(prepare_clip, folder, plan["modalities"]), todo, workers)
     progress = tqdm(zip(todo, results), plan["dataset"], len(todo), unit=" clips", disable=None, ncols=78)
@@ -856,49 +1016,36 @@ def prepare_clips(folder, plan, splits, workers, max_bad):
         with closing(results):
             for (clip, row), reason in progress:
                 if reason == "":
-                    safe.append(f"{clip.split} {row}\n")
+                    labels[clip.split][row] = clip.label
                 else:
-                    bad.append([clip.split, clip.id, reason or "the process that read it crashed"])
-                if len(bad) > max_bad / 100 * len(jobs):
-                    raise DataError(f"{len(bad)} of {len(jobs):,} clips cannot be used, more than --max-bad "
-                                    f"{max_bad:g} per cent; the last: {', '.join(bad[-1][1:])}")  # fmt: skip
+                    skipped.append([clip.split, clip.id, reason or "the process that read it crashed"])
+                if len(skipped) > max_bad / 100 * total:
+                    raise DataError(f"{len(skipped)} of {total:,} clips cannot be used, more than --max-bad "
+                                    f"{max_bad:g} per cent; the last: {', '.join(skipped[-1][1:])}")  # fmt: skip
                 if time.monotonic() - saved > JOURNAL_EVERY:
-                    save_journal(journal, safe, paths)
+                    save_journal(folder, labels, plan["modalities"])
                     saved = time.monotonic()
     finally:
-        save_journal(journal, safe, paths)
-    return bad
+        save_journal(folder, labels, plan["modalities"])
+    for array in labels.values():
+        array[array == NOT_YET] = SKIPPED
+    return labels, skipped
 
 
-def prepare_clip(folder, specs, clip, row):
-    """Read one clip and write its rows -> the reason why it cannot be used, or ''."""
-    arrays = {}
-    for m, spec in specs.items():
-        try:
-            arrays[m] = read_file(clip.files[m], spec)
-        except Exception as error:  # whatever one clip does, the others are prepared
-            known = str(error) if isinstance(error, BadClip) else getattr(error, "strerror", None)
-            reason = known or f"{type(error).__name__}: {error}"
-            return f"{clip.files[m].name}: {' '.join(reason.split())}"
-    for m, array in arrays.items():
-        path = folder / clip.split / f"{m}.npy"
-        offset = np.load(path, mmap_mode="r").offset
-        with open(path, "r+b") as file:  # not through the map: its pages would count as memory in use
-            file.seek(offset + row * array.nbytes)
-            file.write(array.tobytes())
-    return ""
+def read_journal(path, clips):
+    """The labels of the clips that are done, NOT_YET for the others: those that were skipped are read again."""
+    labels = np.array([clip.label for clip in clips], np.int64)
+    done = np.load(path) == labels if is_array(path, labels.dtype, labels.shape) else False
+    return np.where(done, labels, NOT_YET)
 
 
-def read_file(path, spec):
-    """What the spec wants of one file, as it is stored."""
-    if not path.exists():
-        raise BadClip("missing")
-    if is_stub(path):
-        raise BadClip("a git-lfs stub, never fetched")
-    array = READERS[spec["kind"]](path, spec)
-    if not np.isfinite(array).all():
-        raise BadClip("not finite")
-    return array
+def save_journal(folder, labels, modalities):
+    """Flush the arrays to the disk first, and only then write down which of their rows are there."""
+    for split, array in labels.items():
+        for m in modalities:
+            with open(folder / split / f"{m}.npy", "r+b") as file:
+                os.fsync(file.fileno())
+        write_atomically(folder / split / "labels.npy", partial(np.save, arr=array))
 
 
 def in_parallel(work, jobs, workers=None):
@@ -908,7 +1055,7 @@ def in_parallel(work, jobs, workers=None):
     careful = 0  # up to here one at a time
     while done < len(jobs):
         alone = done < careful
-        size = 1 if alone else workers or os.cpu_count()
+        size = 1 if alone else workers or cpu_count()
         part = jobs[done:careful] if alone else jobs[done:]
         pool = ProcessPoolExecutor(size, initializer=start_worker)
         try:
@@ -942,49 +1089,6 @@ def start_worker():
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def make_arrays(folder, plan):
-    """Write the plan down and create its arrays at full size, once the disk is seen to hold them -> their paths."""
-    wanted = {}  # {path: (dtype, shape)}
-    for split, ids in plan["splits"].items():
-        for m, spec in plan["modalities"].items():
-            wanted[folder / split / f"{m}.npy"] = (spec["dtype"], (len(ids), *spec["shape"]))
-    new = {path: array for path, array in wanted.items() if not is_array(path, *array)}
-    size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in new.values())
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise DataError(f"{folder} will take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
-                        "give another --out, or a smaller --size")  # fmt: skip
-    if new or not (folder / "plan.json").exists():  # what a journal may tell of is not there
-        (folder / "journal.txt").unlink(missing_ok=True)
-    write_json(folder / "plan.json", plan)
-    for path, (dtype, shape) in new.items():
-        path.parent.mkdir(exist_ok=True)
-        np.lib.format.open_memmap(path.with_suffix(".new"), "w+", dtype, shape)
-        os.replace(path.with_suffix(".new"), path)
-    return list(wanted)
-
-
-def is_array(path, dtype, shape):
-    """Whether such an array is there, whole."""
-    with suppress(OSError, ValueError, EOFError):
-        array = np.load(path, mmap_mode="r")
-        return array.dtype == dtype and array.shape == shape
-    return False
-
-
-def save_journal(journal, safe, paths):
-    """Flush the arrays to the disk first, and only then write down that the rows `safe` are there."""
-    for path in [*paths, journal] if safe else []:
-        with open(path, "r+b") as file:
-            file.seek(0, os.SEEK_END)
-            if path == journal:
-                file.write("".join(safe).encode())
-                file.flush()
-            os.fsync(file.fileno())
-    safe.clear()
-
-
 def write_atomically(path, write):
     """Write a file by write(file), atomically: even a power cut leaves the old one or the new one."""
     new = path.with_suffix(".new")
@@ -1011,7 +1115,7 @@ def read_json(path):
         return content
 
 
-# --- 4  A prepared dataset: loading, batches, augmentation ---
+# --- 5  A prepared dataset: loading, batches, augmentation ---
 
 
 @dataclass
@@ -1044,7 +1148,7 @@ def load(name, root="prepared", modalities=None):
     Raises DataError, with the commands that make the dataset, if it is not there."""
     folder = Path(root) / name
     if not (folder / "manifest.json").exists():
-        raise DataError(how_to_get(name, folder))
+        raise DataError(how_to_prepare(name, folder))
     with explained(f"{folder} is damaged: delete it and prepare it again"):
         return open_arrays(name, folder, read_json(folder / "manifest.json"), modalities)
 
@@ -1222,7 +1326,7 @@ def prefetch(work, items, device):
             yield last.result()
 
 
-# --- 5  The demo: a miniature CREMA-D of cartoon actors with babbling voices. Skip it. ---
+# --- 6  The demo: a miniature CREMA-D of cartoon actors with babbling voices. Skip it. ---
 
 FACE_SPREAD = 0.18  # scatter of the faces of one emotion: the larger, the harder the picture
 VOICE_SPREAD = 0.2  # scatter of the voices of one emotion: the larger, the harder the sound
@@ -1483,7 +1587,7 @@ def make_demo(raw, clips=2100, seed=0):
     return names
 
 
-# --- 6  Command line ---
+# --- 7  Command line ---
 
 
 def show(name, root="prepared"):
@@ -1510,6 +1614,25 @@ def show(name, root="prepared"):
     return path
 
 
+def table_of_classes(dataset):
+    """How many clips of each class each split holds, where there are many classes the extremes; lines for a terminal
+    of 80 columns, with one more where that is too few to learn from, or to measure."""
+    C = len(dataset.classes)
+    counts = [np.bincount(split.labels, minlength=C) for split in (dataset.train, dataset.val, dataset.test)]
+    rows = [*zip(dataset.classes, *counts)]
+    if C > 40:
+        rows = [(f"fewest of {C} classes", *map(min, counts)), ("most", *map(max, counts))]
+    lines = []
+    for name, *numbers in ("clips per class", *SPLITS), *rows:
+        lines.append(f"  {name[:47]:<48}" + "".join(f"{n:>10}" for n in numbers))
+    number, split, name = min((n, split, name) for split, c in zip(SPLITS, counts) for n, name in zip(c, dataset.classes))
+    if number < 2:
+        lines.append(f"warning: fewer than two clips, {number}, of the class {name[:24]} in {split}")
+    if len(dataset.val) < 10 * C:
+        lines.append("warning: fewer than ten clips per class to validate on: purity gaps are mostly luck")
+    return lines
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"data.py: {message}; see --help\n")
@@ -1520,15 +1643,15 @@ def parse(words):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="name", required=True, metavar="dataset (or a .csv)")
     tables = [word for word in words[:1] if word.lower().endswith(".csv")]
-    for name in [*LISTERS, "mosi", *tables]:
+    for name in [*DATASETS, *tables]:
         p = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         p.add_argument("--out", type=Path, default=Path("prepared"), help="the arrays go to a folder in OUT")
         p.add_argument("--show", action="store_true", help="draw what was prepared, to samples.png beside the arrays")
         if name not in ("demo", *tables):
             p.add_argument("--raw", type=Path, help="the download")
         if name != "mosi":
-            options = {"workers": os.cpu_count(), "max_bad": MAX_BAD.get(name, 5.0)}
-            for option, default in {**options, **default_options(LISTERS.get(name, own_data))}.items():
+            options = {"workers": cpu_count(), "max_bad": MAX_BAD.get(name, 5.0)}
+            for option, default in {**options, **default_options(DATASETS.get(name, own_data))}.items():
                 kind = str if default is None else type(default)
                 p.add_argument(f"--{option.replace('_', '-')}", type=kind, default=default, help=OPTIONS[option][0])
     args = vars(parser.parse_args(words))
@@ -1560,11 +1683,11 @@ def main():
             print(show(args["name"], args["out"]))
             return
         if args.get("raw", "") is None:
-            raise DataError(f"--raw is missing. {how_to_get(args['name'], folder)}")
+            raise DataError(f"--raw is missing. {how_to_prepare(args['name'], folder)}")
         made = (folder / "manifest.json").exists()
         prepare(**args)
         manifest = read_json(folder / "manifest.json")
-        load(args["name"], args["out"])  # what is damaged is said
+        dataset = load(args["name"], args["out"])  # what is damaged is said
     if made:
         print(f"{folder} was there already; to prepare it anew, delete it")
     size = sum(p.stat().st_size for p in folder.glob("*/*.npy")) / 1e9
@@ -1572,6 +1695,7 @@ def main():
     print(f"{folder}: {counts} clips, {size:.2f} GB; {len(manifest['skipped'])} skipped")
     for split, clip, reason in manifest["skipped"]:
         print(f"  {clip} ({split}): {reason}")
+    print(*table_of_classes(dataset), sep="\n")
 
 
 if __name__ == "__main__":

@@ -18,20 +18,20 @@ encoder is pulled back towards its initial weights, the further the larger g:
     python dr.py --tsne runs/demo-dr-0/best.pt           its features, drawn
     torchrun --nproc_per_node=2 dr.py --dataset cremad   on two GPUs
 
-A run leaves config.json, log.jsonl, summary.json, best.pt, test.npz, curves.png
-in runs/<name>/. If it is stopped, the same command resumes it.
+Sections 1 to 5 are the method, whole. A run leaves config.json, log.jsonl,
+summary.json, best.pt, test.npz and curves.png in runs/<name>/. If it is
+stopped, the same command resumes it.
 """
 
 import argparse
 import contextlib
 import copy
-import inspect
+import hashlib
 import io
 import itertools
 import json
 import math
 import os
-import re
 import shlex
 import sys
 import time
@@ -42,9 +42,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, get_args
 
 import joblib
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import pandas as pd
 import torch
@@ -52,43 +54,36 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from matplotlib.figure import Figure
 from scipy import special, stats
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
 from sklearn.metrics import f1_score
+from sklearn.metrics.cluster import contingency_matrix
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import StandardScaler, minmax_scale
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import data
 
 
-# ---- 1  Encoders: one per modality, each from its input to features (B, D) ---------------------------------------
+# ---- 1  Encoders: one per modality, from its input to features (B, D) --------------------------------------------
 class PictureEncoder(nn.Module):
-    """Makes an encoder of a network from pictures (B, C, H, W) to maps (B, D, h, w): for spectrograms (B, 1, F, T), and
-    for frames (B, T, C, H, W), which are folded into the batch. Its features are the mean over space and time."""
+    """A convolutional network, and the mean of its maps over space and time: features (B, D).
+    It takes spectrograms (B, 1, F, T), or frames (B, T, C, H, W)."""
 
     def __init__(self, network, width):
         super().__init__()
-        self.network = network
-        self.width = width
-
-    def tokens(self, x):  # one token per place of the map -> (B, T*h*w, D); none of them is padding
-        pictures = x if x.dim() == 4 else x.flatten(0, 1)  # (B*T, C, H, W)
-        return self.network(pictures).flatten(2).mT.reshape(len(x), -1, self.width), None
+        self.network = network  # pictures (B, C, H, W) -> maps (B, D, h, w)
+        self.width = width  # D
 
     def forward(self, x):
-        return masked_mean(*self.tokens(x))  # (B, D)
-
-
-def masked_mean(tokens, padding):
-    """The mean over those of the tokens (B, N, D) that are not padding (B, N) -> (B, D), in fp32."""
-    tokens = tokens.float()
-    if padding is None:
-        return tokens.mean(1)
-    return tokens.masked_fill(padding[..., None], 0).sum(1) / (~padding).sum(1, keepdim=True)
+        if x.dim() == 4:
+            return self.network(x).mean((2, 3))
+        maps = self.network(x.flatten(0, 1))  # frames are pictures of a larger batch: (B*T, D, h, w)
+        return maps.unflatten(0, x.shape[:2]).mean((1, 3, 4))
 
 
 def resnet18(shape):
@@ -104,22 +99,25 @@ def small_resnet(shape, widths=(12, 24, 48, 96)):
     stem = nn.Conv2d(shape[-3], widths[0], kernel_size=3, stride=2, padding=1, bias=False)
     layers = [stem, nn.BatchNorm2d(widths[0]), nn.ReLU()]
     for before, after in zip(widths, widths[1:]):
-        # the pooling is a stride; as the convolution's own it has crashed on CPUs (oneDNN, 12 channels)
-        shortcut = nn.Sequential(nn.MaxPool2d(1, stride=2), nn.Conv2d(before, after, 1, bias=False),
-                                 nn.BatchNorm2d(after))  # fmt: skip
+        shortcut = nn.Sequential(
+            nn.MaxPool2d(kernel_size=1, stride=2),  # the stride; as the convolution's own it crashes some CPUs
+            nn.Conv2d(before, after, kernel_size=1, bias=False),
+            nn.BatchNorm2d(after),
+        )
         layers.append(torchvision.models.resnet.BasicBlock(before, after, stride=2, downsample=shortcut))
     return PictureEncoder(nn.Sequential(*layers), widths[-1])
 
 
-ENCODERS = {"resnet18": resnet18, "small": small_resnet}  # more in room 7
+ENCODERS = {"resnet18": resnet18, "small": small_resnet}  # more in section 7
 
 
-def choose_encoder(shape, wanted):
-    """The name of the encoder for samples of this shape; it can be chosen for pictures only."""
-    if len(shape) == 2:  # (T, D)
+def choose_encoder(shape, name="auto"):
+    """The encoder's name for samples of this shape: pictures have a choice, feature sequences (T, D) have none."""
+    if len(shape) == 2:
         return "transformer"
-    usual = "small" if shape[-2] <= 64 else "resnet18"
-    return usual if wanted == "auto" else wanted
+    if name == "auto":
+        return "small" if shape[-2] <= 64 else "resnet18"
+    return name
 
 
 # ---- 2  Fusion, and the multimodal model -------------------------------------------------------------------------
@@ -128,7 +126,7 @@ class Concatenation(nn.Module):
 
     def __init__(self, widths, n_classes):
         super().__init__()
-        self.widths = widths
+        self.widths = widths  # {modality: D}
         self.head = nn.Linear(sum(widths.values()), n_classes)
 
     def forward(self, features):  # {modality: (B, D)} -> logits (B, n_classes)
@@ -142,7 +140,7 @@ class Concatenation(nn.Module):
         return {m: F.linear(features[m], w, bias) for m, w in zip(self.widths, columns)}
 
 
-FUSIONS = {"concat": Concatenation}  # more in room 7
+FUSIONS = {"concat": Concatenation}  # more in section 7
 
 
 class MultimodalModel(nn.Module):
@@ -150,8 +148,7 @@ class MultimodalModel(nn.Module):
 
     def __init__(self, shapes, n_classes, encoder="auto", fusion="concat"):
         super().__init__()
-        self.recipe = (shapes, n_classes, encoder, fusion)
-        self.bf16 = False  # whether the encoders compute in bf16
+        self.arguments = (shapes, n_classes, encoder, fusion)  # to make another one of the same kind
         self.encoders = nn.ModuleDict({m: ENCODERS[choose_encoder(s, encoder)](s) for m, s in shapes.items()})
         self.fusion = FUSIONS[fusion]({m: e.width for m, e in self.encoders.items()}, n_classes)
         self.apply(initialise)
@@ -160,16 +157,11 @@ class MultimodalModel(nn.Module):
     def device(self):
         return next(self.parameters()).device
 
-    def features(self, inputs):  # {modality: input} -> {modality: (B, D)}, in fp32
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return {m: encoder(inputs[m]) for m, encoder in self.encoders.items()}
+    def features(self, inputs):  # {modality: input} -> {modality: (B, D)}
+        return {m: encoder(inputs[m]) for m, encoder in self.encoders.items()}
 
-    def forward(self, inputs):  # -> logits (B, n_classes), in fp32
+    def forward(self, inputs):  # -> logits (B, n_classes)
         return self.fusion(self.features(inputs))
-
-    def own(self, m):
-        """What belongs to modality m and is re-learnt with it: its encoder."""
-        return self.encoders[m]
 
 
 def initialise(module):
@@ -187,53 +179,39 @@ def purity(features, labels, n_clusters, n_init=10, seed=0):
 
         P = 1/N * sum over clusters of the size of the cluster's largest class
 
-    features (N, D) and labels (N,), arrays or CPU tensors; labels may be any integers. As in the official code every
-    feature is first scaled to [-1, 1] over this very set. Raises ValueError for fewer samples than clusters and for
-    lengths that differ, FloatingPointError for features that are not finite."""
-    x = np.asarray(features, dtype=np.float32)
-    y = np.asarray(labels)
-    if x.ndim != 2 or y.shape != x.shape[:1]:
-        raise ValueError(f"purity takes features (N, D) and labels (N,), not {x.shape} and {y.shape}")
-    if len(x) < n_clusters:
-        raise ValueError(f"purity takes at least as many samples ({len(x)}) as clusters ({n_clusters})")
-    if not np.isfinite(x).all():
-        raise FloatingPointError("the features are not finite: training has diverged; try a smaller --lr")
-    span = np.ptp(x, axis=0)
-    x = 2 * (x - x.min(0)) / np.where(span > 0, span, 1) - 1
+    features (N, D) and labels (N,), arrays or CPU tensors. Raises ValueError, by scikit-learn, for features that are
+    not finite, fewer samples than clusters, and lengths that differ."""
+    x = minmax_scale(np.asarray(features, dtype=np.float32), (-1, 1))  # as in the official code, over this very set
     clusters = KMeans(n_clusters, n_init=n_init, random_state=seed).fit_predict(x)  # (N,); it never sees the labels
-    classes, y = np.unique(y, return_inverse=True)
-    count = np.zeros((n_clusters, len(classes)), dtype=int)
-    np.add.at(count, (clusters, y), 1)  # count[k, c]: samples of class c in cluster k
-    return float(count.max(1).sum() / len(y))
+    return float(contingency_matrix(labels, clusters).max(0).sum() / len(x))  # counts (classes, clusters)
 
 
 def purity_gap(train_features, train_labels, val_features, val_labels, n_clusters, n_init=10, seed=0):
     """An encoder's learning state, g = |P_train - P_val| -> (P_train, P_val, g). Large: it is well learnt, or
     over-trained. Small: it is under-trained, or has little to tell."""
-    train = purity(train_features, train_labels, n_clusters, n_init, seed)
-    val = purity(val_features, val_labels, n_clusters, n_init, seed)
-    return train, val, abs(train - val)
+    p_train = purity(train_features, train_labels, n_clusters, n_init, seed)
+    p_val = purity(val_features, val_labels, n_clusters, n_init, seed)
+    return p_train, p_val, abs(p_train - p_val)
 
 
 @torch.no_grad()
 def extract_features(model, split, batch_size=128):
     """Features of a split, in eval mode, without augmentation -> ({modality: (N, D)}, labels (N,)), as arrays."""
     model.eval()
-    batches = [(model.features(inputs), y) for inputs, y in data.batches(split, batch_size, device=model.device)]
-    features = {m: torch.cat([x[m] for x, _ in batches]).cpu().numpy() for m in model.encoders}
-    return features, torch.cat([y for _, y in batches]).cpu().numpy()
+    parts = {m: [] for m in model.encoders}
+    labels = []
+    for inputs, y in data.batches(split, batch_size, device=model.device):
+        labels.append(y)
+        for m, x in model.features(inputs).items():
+            parts[m].append(x)
+    return {m: torch.cat(x).cpu().numpy() for m, x in parts.items()}, torch.cat(labels).cpu().numpy()
 
 
-def diagnose(model, train, val, n_clusters, n_init=10, batch_size=128):
+def diagnose(model, train, val, n_clusters, n_init=10, measure=purity_gap):
     """The purity gap of every modality -> {modality: (P_train, P_val, g)}; n_clusters is the number of classes."""
-    x_train, y_train = extract_features(model, train, batch_size)
-    x_val, y_val = extract_features(model, val, batch_size)
-    jobs = [(x_train[m], y_train, x_val[m], y_val, n_clusters, n_init) for m in x_train]
-    one_thread = threadpool_limits.wrap(limits=1)  # OpenMP counts its threads for each thread that calls it
-    side_by_side = joblib.Parallel(len(jobs), backend="threading")
-    with threadpool_limits(1):
-        gaps = side_by_side(joblib.delayed(one_thread(purity_gap))(*job) for job in jobs)
-    return dict(zip(x_train, gaps))
+    x_train, y_train = extract_features(model, train)
+    x_val, y_val = extract_features(model, val)
+    return {m: measure(x_train[m], y_train, x_val[m], y_val, n_clusters, n_init) for m in model.encoders}
 
 
 # ---- 4  Re-learning: back towards the initial weights, by as much as the gap says ---------------------------------
@@ -254,154 +232,81 @@ def soft_reinit(module, init_state, strength):
 
 
 def initial_weights(model):
-    """What the method has to remember, taken before the first step -> {modality: state_dict}."""
-    return {m: copy.deepcopy(model.own(m).state_dict()) for m in model.encoders}
+    """theta_init, to be taken before the first step -> {modality: its encoder's state_dict}."""
+    return {m: copy.deepcopy(encoder.state_dict()) for m, encoder in model.encoders.items()}
 
 
-def relearn(model, initial, gaps, lam, optimiser=None):
-    """D&R: every encoder goes back by the strength of its own gap.
-    `gaps` is {modality: g}, `initial` initial_weights(model) -> {modality: strength}. An ablation needs `optimiser`."""
-    strengths = {m: relearning_strength(g, lam) for m, g in gaps.items()}
+def relearn(model, initial, gaps, lam):
+    """D&R: every encoder goes back by its own gap.
+    `gaps` is {modality: g}, `initial` is initial_weights(model) -> {modality: a}."""
+    strengths = {m: relearning_strength(gap, lam) for m, gap in gaps.items()}
     for m, strength in strengths.items():
-        soft_reinit(model.own(m), initial[m], strength)
+        soft_reinit(model.encoders[m], initial[m], strength)
     return strengths
 
 
-RELEARNING = {"dr": relearn}  # {--method: what follows a diagnosis}; other methods are diagnosed and left alone
+RELEARNING = {"dr": relearn}  # {--method: what follows a diagnosis}; what is not in it is diagnosed and left alone
 
 
 # ---- 5  Training: a method leaves a gradient in every parameter, the optimiser makes the step ---------------------
 def joint(model, inputs, labels, t):
-    """One cross-entropy for all modalities, and nothing else."""
+    """One cross-entropy for all modalities, and nothing else.
+    t, the share of training that is done, is for methods that change on the way (section 6)."""
     logits = model(inputs)
     loss = F.cross_entropy(logits, labels)
     loss.backward()
     return loss, logits
 
 
-METHODS = {"joint": joint, "dr": joint}  # {--method: what is done with a batch}; t from 0 to 1: how far training is
+METHODS = {"joint": joint, "dr": joint}  # {--method: what is done with a batch}
 
 
 def step(model, optimiser, inputs, labels, method=joint, t=0.0):
-    """One step of training -> the batch's mean loss, and its logits (B, C)."""
+    """One step of training -> the batch's mean loss, and its logits (B, n_classes)."""
     optimiser.zero_grad()
     loss, logits = method(model, inputs, labels, t)
-    if dist.is_initialized():
-        average_gradients(model)
+    average_gradients(model)  # section 8: of several processes, if there are any
     optimiser.step()
     return loss.detach(), logits.detach()
 
 
-def average_gradients(model):
-    """The mean of all processes' gradients, in one message. Each has weighed the modalities on its own share."""
-    gradients = [p.grad for p in model.parameters()]
-    message = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(message)
-    means = (message / dist.get_world_size()).split([g.numel() for g in gradients])
-    for g, mean in zip(gradients, means):
-        g.copy_(mean.view_as(g))
-
-
-def train_epoch(model, optimiser, split, config, epoch):
-    """One pass over the training set -> (mean loss, accuracy in per cent)."""
-    model.train()
-    rank, world = ranks()
-    # dropout and the methods' own draws begin anew, so that a resumed run repeats them
-    torch.manual_seed(config.seed + 1000 * epoch + 1000_000 * rank)
-    shuffled = data.batches(split, config.batch_size, (config.seed, epoch), model.device, config.augment, (rank, world))
-    steps = math.ceil(len(split) / config.batch_size)
-    totals = torch.zeros(2, device=model.device)  # loss, right answers: read once, so that no step waits for it
-    clips = 0
-    for inputs, labels in tqdm(shuffled, f"epoch {epoch}", steps, leave=False, ncols=78, disable=rank > 0 or None):
-        loss, logits = step(model, optimiser, inputs, labels, METHODS[config.method], epoch / config.epochs)
-        totals += torch.stack([loss * len(labels), (logits.argmax(1) == labels).sum()])
-        clips += len(labels) * world
-    if world > 1:
-        dist.all_reduce(totals)
-    loss, right = totals.tolist()
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} in epoch {epoch}: try a smaller --lr")
-    return loss / clips, 100 * right / clips
-
-
-@torch.no_grad()
-def predict(model, split, batch_size=128):
-    """Logits (N, C) and labels (N,) of a whole split, in eval mode, as arrays."""
-    model.eval()
-    batches = [(model(inputs), y) for inputs, y in data.batches(split, batch_size, device=model.device)]
-    return [torch.cat(part).cpu().numpy() for part in zip(*batches)]
-
-
-def metrics(scores, labels):
-    """Accuracy and macro F1, in per cent, where the largest of the scores (N, C) is the prediction."""
-    predicted = scores.argmax(1)
-    f1 = f1_score(labels, predicted, average="macro", zero_division=0)
-    return {"accuracy": 100 * float((predicted == labels).mean()), "macro F1": 100 * float(f1)}
-
-
-def evaluate(model, split, batch_size=128):
-    """Accuracy and macro F1, in per cent, over a whole split."""
-    return metrics(*predict(model, split, batch_size))
+def train_epoch(run, epoch):
+    """One pass over the training set -> {"epoch", "loss": its mean, "train": accuracy in per cent}."""
+    run.model.train()
+    method = METHODS[run.config.method]
+    loss_sum = right = clips = 0
+    for inputs, labels in training_batches(run, epoch):  # section 8: in a new order
+        loss, logits = step(run.model, run.optimiser, inputs, labels, method, t=epoch / run.config.epochs)
+        loss_sum += loss * len(labels)
+        right += (logits.argmax(1) == labels).sum()
+        clips += len(labels)
+    return {"epoch": epoch, "loss": float(loss_sum) / clips, "train": 100 * int(right) / clips}
 
 
 def train(config):
-    """Train one model -> its history, one dict per epoch, and files in <out>/<name>/.
+    """Train a model with D&R, or with another method -> its history, one dict per epoch; files in <out>/<name>/.
     An entry holds epoch (from 0), loss, train, val and test accuracy in per cent, val_f1, test_f1, seconds; after a
-    diagnosis also diagnosis {modality: {train, val, gap, strength}} and relearnt (if false, nothing went back); with
-    --track-purity test_purity {modality: P}. A stopped run resumes from its last checkpoint and, on a CPU, ends bit for
-    bit as if it had not been. Under torchrun the main process alone evaluates, diagnoses and reports."""
-    device = set_up(config)
-    dataset = load_dataset(config)
-    if device.type == "cuda":
-        data.move_to_gpu(dataset, device, max_bytes=torch.cuda.mem_get_info(device)[0] / 2)
-    torch.manual_seed(config.seed)
-    model = make_model(config, dataset, device)
-    initial = initial_weights(model)  # the seed's, and so those of a resumed run
-    optimiser = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    history, best = resume(config, model, optimiser)
-    from_main(start_run, config, model, dataset, history)
-    saved = time.monotonic()
+    diagnosis also diagnosis {modality: {P_train, P_val, gap, floor, strength}} and relearnt (if false, nothing went
+    back); with --track-purity test_purity {modality: P}."""
+    with begin(config) as run:  # section 8: the data, a new model and its optimiser
+        initial = initial_weights(run.model)
+        for epoch in remaining_epochs(run):  # section 8: all, but for a run that was stopped
+            entry = train_epoch(run, epoch)
+            evaluate_epoch(run, entry)  # section 8: on validation and test; the best weights are kept
 
-    for epoch in range(len(history), config.epochs):
-        start = time.monotonic()
-        if ranks()[0] == 0 and start - saved >= CHECKPOINT_SECONDS:
-            states = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
-            save(config, "last.pt", history=history, best=best, **states)
-            saved = time.monotonic()
-        loss, accuracy = train_epoch(model, optimiser, dataset.train, config, epoch)
-        val = from_main(evaluate, model, dataset.val)
-        test = from_main(evaluate, model, dataset.test)
-        entry = {"epoch": epoch, "loss": loss, "train": accuracy, "val": val["accuracy"], "test": test["accuracy"],
-                 "val_f1": val["macro F1"], "test_f1": test["macro F1"]}  # fmt: skip
-        if config.track_purity:
-            found = from_main(diagnose, model, dataset.test, dataset.val, len(dataset.classes), config.n_init)
-            entry["test_purity"] = {m: p_test for m, (p_test, _, _) in found.items()}
-        if all(entry["val"] > e["val"] for e in history):
-            best = copy.deepcopy(model.state_dict())
+            if epoch % config.every == 0 and epoch > 0:
+                diagnosis = diagnose_run(run)  # section 8: `diagnose`, by name, and a noise floor
+                gaps = {m: found["gap"] for m, found in diagnosis.items()}
+                strengths = {m: relearning_strength(gap, config.lam) for m, gap in gaps.items()}
+                entry["relearnt"] = config.method in RELEARNING and run.relearnings < config.times
+                if entry["relearnt"]:
+                    strengths = run.relearn(run.model, initial, gaps, config.lam)
+                    run.relearnings += 1
+                entry["diagnosis"] = {m: diagnosis[m] | {"strength": strengths[m]} for m in gaps}
 
-        if epoch % config.every == 0 and epoch > 0:
-            found = from_main(diagnose, model, dataset.train, dataset.val, len(dataset.classes), config.n_init)
-            gaps = {m: gap for m, (_, _, gap) in found.items()}
-            relearnt = sum(e.get("relearnt", False) for e in history)
-            due = config.method in RELEARNING and relearnt < config.times
-            strengths = {m: relearning_strength(gap, config.lam) for m, gap in gaps.items()}
-            if due:
-                torch.manual_seed(1000 * (config.seed + 1) + epoch)  # dr-new draws, alike on all processes
-                strengths = RELEARNING[config.method](model, initial, gaps, config.lam, optimiser)
-            entry["diagnosis"] = {
-                m: {"train": p_train, "val": p_val, "gap": gap, "strength": strengths[m]}
-                for m, (p_train, p_val, gap) in found.items()
-            }
-            entry["relearnt"] = due
-
-        entry["seconds"] = time.monotonic() - start
-        history.append(entry)
-        from_main(report_epoch, config, history)
-
-    from_main(finish_run, config, model, dataset, history, best)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return history
+            end_epoch(run, entry)  # section 9: the log, and a line on the screen
+        finish(run)  # section 9: the summary, weights, curves
+    return run.history
 
 
 # ---- 6  Other methods: rivals of D&R, and D&R with one thing changed ----------------------------------------------
@@ -423,17 +328,27 @@ def multitask(model, inputs, labels, t):
     return joint_loss, logits
 
 
+def multitask_relearnt(model, inputs, labels, t):
+    """multitask, diagnosed and re-learnt as D&R is."""
+    return multitask(model, inputs, labels, t)
+
+
 @torch.no_grad()
-def score_ratios(model, features, labels):
-    """How far each modality is ahead -> {modality: r}, scalars: r_m = s_m / the mean of the others' s.
-    s_m: the mean probability of the right class by m's part of the logits. For two modalities it is OGM-GE's ratio."""
+def modality_scores(model, features, labels):
+    """How far each modality is, and the others are -> {modality: (s, the mean of the others' s)}, scalars.
+    s_m: the mean probability of the right class by m's part of the logits; of two, s / others is OGM-GE's ratio."""
     parts = model.fusion.parts(features)
     s = {m: part.softmax(1).gather(1, labels[:, None]).mean() for m, part in parts.items()}
-    return {m: s[m] * (len(s) - 1) / sum(s[n] for n in s if n != m) for m in s}
+    return {m: (s[m], (sum(s.values()) - s[m]) / (len(s) - 1)) for m in s}
+
+
+def ogm(model, inputs, labels, t):
+    """OGM: slows what is ahead (Peng et al., CVPR 2022)."""
+    return ogm_ge(model, inputs, labels, t, noise=False)
 
 
 def ogm_ge(model, inputs, labels, t, alpha=0.8, until=0.5, noise=True):
-    """Slows what is ahead; GE adds noise (Peng et al., CVPR 2022).
+    """OGM, and GE: noise on the gradients (the same paper).
     In the first half of training the gradients of encoder m's convolutions and linear layers (officially: convolutions)
     times k_m = 1 - tanh(alpha r_m) if r_m > 1 (officially the audio's at r = 1, too), else 1, plus N(0, std(grad)^2),
     tensor by tensor, each process its own, the std before they are slowed. alpha is the authors' for CREMA-D."""
@@ -443,7 +358,8 @@ def ogm_ge(model, inputs, labels, t, alpha=0.8, until=0.5, noise=True):
     loss.backward()
     if t > until:
         return loss, logits
-    for m, ratio in score_ratios(model, features, labels).items():
+    for m, (own, others) in modality_scores(model, features, labels).items():
+        ratio = own / others
         factor = torch.where(ratio > 1, 1 - torch.tanh(alpha * ratio), 1.0)
         for p in model.encoders[m].parameters():
             if p.dim() > 1:
@@ -458,8 +374,8 @@ def mlb(model, inputs, labels, t, alpha=0.5, beta=10.0):
     of encoder m. alpha and beta are the authors' for CREMA-D. They scale m's head, too; here it is the joint one's."""
     features, logits, joint_loss, unimodal_loss = joint_and_unimodal(model, inputs, labels)
     (joint_loss + unimodal_loss).backward()
-    for m, ratio in score_ratios(model, features, labels).items():
-        pace = torch.tanh(alpha * (1 / ratio - 1))
+    for m, (own, others) in modality_scores(model, features, labels).items():
+        pace = torch.tanh(alpha * (others / own - 1))
         for p in model.encoders[m].parameters():
             p.grad *= 1 + pace * torch.where(pace > 0, beta - 1, 1.0)
     return joint_loss, logits
@@ -472,8 +388,9 @@ def opm(model, inputs, labels, t, base=0.5, gain=0.5, chance=0.7, warm_up=0.05):
     Some modality is always behind, so no sample loses all."""
     features = model.features(inputs)
     if t > warm_up and torch.rand(()) < chance:
-        ratios = score_ratios(model, features, labels)
-        q = {m: torch.where(r > 1, base * (1 + gain * torch.tanh(r - 1)), 0.0) for m, r in ratios.items()}
+        q = {}
+        for m, (own, others) in modality_scores(model, features, labels).items():
+            q[m] = torch.where(own > others, base * (1 + gain * torch.tanh(own / others - 1)), 0.0)
         theta = sum(q[m] * x.shape[1] for m, x in features.items()) / sum(x.shape[1] for x in features.values())
         for m, x in features.items():
             keep = torch.rand(len(x), 1, device=x.device) >= q[m]
@@ -524,27 +441,59 @@ def dgl(model, inputs, labels, t, alpha=4.0):
     return joint_loss, logits
 
 
-def relearn_same(model, initial, gaps, lam, optimiser=None):
+def inforeg(model, inputs, labels, t, beta=0.9, threshold=0.04):
+    """InfoReg (Huang et al., CVPR 2025): holds back what is ahead.
+    multitask, and while a modality's prime learning window is open, (Tr_e-1 - Tr_e-2) / Tr_e-1 > threshold, and its s
+    above the mean of the others', its encoder is pulled towards its weights at the beginning of epoch e: its gradient
+    gets exp(beta tanh(s - others)) (w - w_e). Tr_e: its squared gradients, summed over epoch e. That is the paper's
+    rule, for any number of modalities. The official code has sums for the means in s, .95 exp(tanh) for audio and
+    .1 exp(tanh) for video, the threshold .05, and for both the trace of the audio alone, smoothed over ten epochs."""
+    epoch = round(t * len(model.traces))  # (epochs, M), a buffer, and so part of a checkpoint
+    if getattr(model, "anchor_epoch", None) != epoch:
+        model.anchor_epoch = epoch
+        model.anchor = {p: p.detach().clone() for p in model.encoders.parameters()}
+    features, logits, joint_loss, unimodal_loss = joint_and_unimodal(model, inputs, labels)
+    (joint_loss + unimodal_loss).backward()
+    squares = [sum(p.grad.square().sum() for p in encoder.parameters()) for encoder in model.encoders.values()]
+    model.traces[epoch] += average(torch.stack(squares))  # section 8: over the processes
+    if epoch < 2:
+        return joint_loss, logits
+    before, last = model.traces[epoch - 2 : epoch]
+    is_open = last - before > threshold * last  # (M,)
+    for k, (m, (own, others)) in enumerate(modality_scores(model, features, labels).items()):
+        pull = torch.where(is_open[k] & (own > others), torch.exp(beta * torch.tanh(own - others)), 0.0)
+        for p in model.encoders[m].parameters():
+            p.grad += pull * (p.detach() - model.anchor[p])
+    return joint_loss, logits
+
+
+def relearn_same(model, initial, gaps, lam):
     """D&R with one strength for all modalities, from their mean gap."""
     return relearn(model, initial, dict.fromkeys(gaps, sum(gaps.values()) / len(gaps)), lam)
 
 
-def relearn_hard(model, initial, gaps, lam, optimiser=None):
+def relearn_hard(model, initial, gaps, lam):
     """D&R with strength 1: back to the initial weights."""
     return relearn(model, initial, dict.fromkeys(gaps, math.inf), 1.0)
 
 
-def relearn_one(model, initial, gaps, lam, optimiser=None, which=max):
-    """D&R of the modality with the largest or smallest gap alone."""
-    one = which(gaps, key=gaps.get)
-    return dict.fromkeys(gaps, 0.0) | relearn(model, initial, {one: gaps[one]}, lam)
+def relearn_largest(model, initial, gaps, lam):
+    """D&R of the modality with the largest gap alone."""
+    one = max(gaps, key=gaps.get)
+    return relearn(model, initial, {m: gap if m == one else 0.0 for m, gap in gaps.items()}, lam)
 
 
-def relearn_statistics(model, initial, gaps, lam, optimiser=None):
+def relearn_smallest(model, initial, gaps, lam):
+    """D&R of the modality with the smallest gap alone."""
+    one = min(gaps, key=gaps.get)
+    return relearn(model, initial, {m: gap if m == one else 0.0 for m, gap in gaps.items()}, lam)
+
+
+def relearn_statistics(model, initial, gaps, lam):
     """D&R of batch-norm's running statistics, too."""
     strengths = relearn(model, initial, gaps, lam)
     for m, strength in strengths.items():
-        for name, buffer in model.own(m).named_buffers():
+        for name, buffer in model.encoders[m].named_buffers():
             if buffer.is_floating_point():  # not the count of batches
                 buffer.lerp_(initial[m][name].to(buffer), strength)
     return strengths
@@ -553,64 +502,115 @@ def relearn_statistics(model, initial, gaps, lam, optimiser=None):
 def relearn_momentum(model, initial, gaps, lam, optimiser):
     """D&R, and the optimiser's momentum set to 0."""
     strengths = relearn(model, initial, gaps, lam)
-    for m in [m for m, strength in strengths.items() if strength > 0]:
-        for p in model.own(m).parameters():
-            optimiser.state.pop(p, None)
+    for m, strength in strengths.items():
+        for p in model.encoders[m].parameters():
+            if strength > 0:
+                optimiser.state.pop(p, None)
     return strengths
 
 
-def relearn_new(model, initial, gaps, lam, optimiser=None):
+def relearn_new(model, initial, gaps, lam):
     """D&R towards new random weights instead of the initial ones."""
-    stranger = type(model)(*model.recipe)
-    return relearn(model, initial_weights(stranger), gaps, lam)
+    another = type(model)(*model.arguments)
+    return relearn(model, initial_weights(another), gaps, lam)
 
 
-METHODS |= {"multitask": multitask, "multitask+dr": multitask, "ogm": partial(ogm_ge, noise=False), "ogm-ge": ogm_ge}
-METHODS |= {"mlb": mlb, "opm": opm, "mmpareto": mmpareto, "dgl": dgl}
-RELEARNING |= {"multitask+dr": relearn, "dr-same": relearn_same, "dr-hard": relearn_hard, "dr-new": relearn_new}
-RELEARNING |= {"dr-largest": relearn_one, "dr-smallest": partial(relearn_one, which=min)}
-RELEARNING |= {"dr-statistics": relearn_statistics, "dr-momentum": relearn_momentum}
-METHODS |= {name: joint for name in RELEARNING if name not in METHODS}
+def relearn_equal(model, initial, gaps, lam):
+    """D&R by max(0, P_train - P_val) of equally many clips."""
+    return relearn(model, initial, gaps, lam)  # the gaps are those of equal_gap
 
 
-# ---- 7  Other encoders and fusions --------------------------------------------------------------------------------
+def equal_gap(x_train, y_train, x_val, y_val, n_clusters, n_init=10):
+    """purity_gap without two biases: the purity of fewer clips is larger by luck, and of another person's clips it may
+    be larger in truth; neither is learning -> (P_train, P_val, g), of as many clips as the smaller set has, drawn."""
+    n = min(len(y_train), len(y_val))
+    some = torch.randperm(len(y_train))[:n].numpy()
+    others = torch.randperm(len(y_val))[:n].numpy()
+    p_train, p_val, _ = purity_gap(x_train[some], y_train[some], x_val[others], y_val[others], n_clusters, n_init)
+    return p_train, p_val, max(0.0, p_train - p_val)
+
+
+MEASURES = {"dr-equal": equal_gap}  # {--method: how its gaps are measured}; all others' are purity_gap
+
+
+def noise_floor(measure, x_train, y_train, x_val, y_val, n_clusters, shuffles=3):
+    """The gap that luck alone gives, with labels that are shuffled: a mean, by k-means of one start."""
+    rng = np.random.default_rng(0)
+    gaps = []
+    for _ in range(shuffles):
+        shuffled = measure(x_train, rng.permutation(y_train), x_val, rng.permutation(y_val), n_clusters, n_init=1)
+        gaps.append(shuffled[2])
+    return float(np.mean(gaps))
+
+
+for method in (multitask, ogm, ogm_ge, mlb, opm, mmpareto, dgl, inforeg):
+    METHODS[method.__name__.replace("_", "-")] = method
+METHODS["multitask+dr"] = multitask_relearnt
+COMPARING = METHODS.keys() - {"joint", "dr"}  # they take two modalities at least, and a fusion with `parts`
+RELEARNING["multitask+dr"] = relearn
+for ablation in (relearn_same, relearn_hard, relearn_largest, relearn_smallest, relearn_statistics, relearn_momentum,
+                 relearn_new, relearn_equal):  # fmt: skip
+    name = ablation.__name__.replace("relearn_", "dr-")
+    RELEARNING[name] = ablation
+    METHODS[name] = joint
+
+
+# ---- 7  Other encoders and fusions: what has tokens, some of which may be padding ---------------------------------
 def transformer(width, layers):
     """Pre-norm self-attention layers on tokens (B, N, width), and a last LayerNorm."""
     layer = nn.TransformerEncoderLayer(width, nhead=4, dim_feedforward=4 * width, batch_first=True, norm_first=True)
+    layer.self_attn.dropout = 0.0  # drawing it took a third of a step, and keeps PyTorch from its fast attention
     return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
 
 
-class SequenceTransformer(nn.Module):
-    """A small transformer on feature sequences (B, T, D) whose padding is exactly 0."""
+def masked_mean(tokens, padding):
+    """The mean over those of the tokens (B, N, D) that are not padding (B, N) -> (B, D), in fp32."""
+    tokens = tokens.float()
+    if padding is None:
+        return tokens.mean(1)
+    return tokens.masked_fill(padding[..., None], 0).sum(1) / (~padding).sum(1, keepdim=True)
 
-    def __init__(self, shape, width=64, layers=2):
+
+class SequenceTransformer(nn.Module):
+    """A small transformer on feature sequences (B, T, D) whose padding is exactly 0. A token is a patch of ceil(T / 64)
+    steps, so that long sequences have 64 tokens at most."""
+
+    def __init__(self, shape, width=64, layers=2, most=64):
         super().__init__()
+        T, D = shape
         self.width = width
-        self.embed = nn.Linear(shape[-1], width)
-        self.position = nn.Parameter(0.02 * torch.randn(shape[0], width))
+        self.steps = math.ceil(T / most)
+        self.embed = nn.Linear(self.steps * D, width)
+        self.position = nn.Parameter(0.02 * torch.randn(math.ceil(T / self.steps), width))
         self.layers = transformer(width, layers)
 
-    def tokens(self, x):  # one token per time step -> (B, T, width), and which are padding (B, T)
-        padding = (x == 0).all(-1)
-        padding[:, 0] &= ~padding.all(1)  # nothing at all: look at the first step, so that there is a mean
-        return self.layers(self.embed(x) + self.position, src_key_padding_mask=padding), padding
+    def tokens(self, x):  # -> tokens (B, N, width), and which of them are padding (B, N)
+        lacking = len(self.position) * self.steps - x.shape[1]
+        patches = F.pad(x, (0, 0, 0, lacking)).unflatten(1, (-1, self.steps)).flatten(2)  # (B, N, steps * D)
+        padding = (patches == 0).all(-1)
+        padding[:, 0] &= ~padding.all(1)  # nothing at all: look at the first token, so that there is a mean
+        return self.layers(self.embed(patches) + self.position, src_key_padding_mask=padding), padding
 
     def forward(self, x):
         return masked_mean(*self.tokens(x))
 
 
 class PatchTransformer(nn.Module):
-    """A small Vision Transformer (Dosovitskiy et al. 2021): pictures (B, C, H, W) to patches (B, D, N)."""
+    """A small Vision Transformer (Dosovitskiy et al. 2021): pictures (B, C, H, W) to maps of patches (B, D, h, w)."""
 
     def __init__(self, shape, width, layers):
         super().__init__()
         patch = 8 if shape[-2] <= 64 else 16
+        if min(shape[-2:]) < patch:
+            raise data.DataError(f"a ViT's patch has {patch} x {patch} pixels; the pictures have {shape[-2:]}")
         self.embed = nn.Conv2d(shape[-3], width, patch, stride=patch)
         self.position = nn.Parameter(0.02 * torch.randn(width, shape[-2] // patch, shape[-1] // patch))
         self.layers = transformer(width, layers)
 
     def forward(self, x):
-        return self.layers((self.embed(x) + self.position).flatten(2).mT).mT
+        patches = self.embed(x) + self.position
+        tokens = self.layers(patches.flatten(2).mT)  # (B, h*w, D)
+        return tokens.mT.unflatten(2, patches.shape[2:])
 
 
 def vit(shape, width=128, layers=4):
@@ -661,46 +661,52 @@ class Gated(nn.Module):
         return self.head(self.gate(first).sigmoid() * self.value(second))
 
 
-class Bottleneck(nn.Module):
-    """The modalities' tokens meet only in a few shared bottleneck tokens (MBT, Nagrani et al. 2021).
-    In every layer a modality's tokens and the bottleneck attend to each other, by weights of the modality's own; the
-    next layer gets the mean of the bottlenecks. One classifier, on each modality's mean token; logits are averaged."""
-
-    def __init__(self, widths, n_classes, width=128, size=4, layers=2):
-        super().__init__()
-        self.depth = layers
-        self.bottleneck = nn.Parameter(0.02 * torch.randn(size, width))
-        self.layers = nn.ModuleDict()
-        for m, w in widths.items():
-            self.layers[m] = nn.ModuleList([nn.Linear(w, width), *(transformer(width, 1) for _ in range(layers))])
-        self.head = nn.Linear(width, n_classes)
-
-    def forward(self, tokens):  # {modality: (tokens (B, N, D), padding (B, N) or None)} -> (M, B, width), in fp32
-        S = len(self.bottleneck)
-        x = {m: self.layers[m][0](own) for m, (own, _) in tokens.items()}
-        padding = {m: None if p is None else F.pad(p, (S, 0)) for m, (_, p) in tokens.items()}
-        shared = self.bottleneck.expand(len(next(iter(x.values()))), -1, -1)  # (B, S, width)
-        for k in range(1, self.depth + 1):
-            x = {m: self.layers[m][k](torch.cat([shared, x[m]], 1), src_key_padding_mask=padding[m]) for m in x}
-            shared = sum(y[:, :S] for y in x.values()) / len(x)
-            x = {m: y[:, S:] for m, y in x.items()}
-        return torch.stack([masked_mean(x[m], tokens[m][1]) for m in x])
+def tokens_of(encoder, x):
+    """One token per place of an encoder's maps, or per patch of a sequence -> (B, N, D), and padding (B, N) or None."""
+    if hasattr(encoder, "tokens"):
+        return encoder.tokens(x)
+    maps = encoder.network(x.flatten(0, -4))  # (B * T, D, h, w)
+    return maps.flatten(2).mT.reshape(len(x), -1, encoder.width), None
 
 
 class BottleneckModel(MultimodalModel):
-    """MBT: its fusion takes the encoders' tokens, and a modality's layers in it are re-learnt with its encoder."""
+    """MBT: the modalities' tokens meet only in a few shared bottleneck tokens (Nagrani et al. 2021).
+    In every layer a modality's tokens and the bottleneck attend to each other, by weights of the modality's own; the
+    next layer gets the mean of the bottlenecks. One classifier, on each modality's mean token; logits are averaged.
+    A modality's layers belong to its encoder, and so are re-learnt with it."""
+
+    def __init__(self, shapes, n_classes, encoder="auto", fusion="mbt", width=128, size=4, layers=2):
+        super().__init__(shapes, n_classes, encoder)
+        for encoder in self.encoders.values():
+            encoder.project = nn.Linear(encoder.width, width)
+            encoder.bottleneck_layers = nn.ModuleList([transformer(width, 1) for _ in range(layers)])
+        self.bottleneck = nn.Parameter(0.02 * torch.randn(size, width))
+        self.fusion = nn.Linear(width, n_classes)
+        self.depth = layers
+
+    def mean_tokens(self, inputs):  # {modality: input} -> {modality: (B, width)}
+        S = len(self.bottleneck)
+        x = {}
+        padding = {}
+        mask = {}  # padding, behind the bottleneck
+        for m, encoder in self.encoders.items():
+            tokens, padding[m] = tokens_of(encoder, inputs[m])
+            x[m] = encoder.project(tokens)  # (B, N, width)
+            mask[m] = None if padding[m] is None else F.pad(padding[m], (S, 0))
+        shared = self.bottleneck.expand(len(tokens), -1, -1)  # (B, S, width)
+        for k in range(self.depth):
+            for m, encoder in self.encoders.items():
+                x[m] = encoder.bottleneck_layers[k](torch.cat([shared, x[m]], 1), src_key_padding_mask=mask[m])
+            shared = sum(y[:, :S] for y in x.values()) / len(x)
+            x = {m: y[:, S:] for m, y in x.items()}
+        return {m: masked_mean(x[m], padding[m]) for m in x}
 
     def forward(self, inputs):
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            pooled = self.fusion({m: encoder.tokens(inputs[m]) for m, encoder in self.encoders.items()})
-        return self.fusion.head(pooled).mean(0)
-
-    def own(self, m):
-        return nn.ModuleList([self.encoders[m], self.fusion.layers[m]])
+        return sum(self.fusion(x) for x in self.mean_tokens(inputs).values()) / len(inputs)
 
 
 ENCODERS |= {"transformer": SequenceTransformer, "vit": vit}
-FUSIONS |= {"sum": Sum, "film": FiLM, "gated": Gated, "mbt": Bottleneck}
+FUSIONS |= {"sum": Sum, "film": FiLM, "gated": Gated, "mbt": BottleneckModel}
 
 
 # ---- 8  Runs: their settings, checkpoints, several processes ------------------------------------------------------
@@ -712,36 +718,38 @@ PRESETS = {
 }
 CHOICES = {"method": METHODS, "fusion": FUSIONS, "precision": ["auto", "bf16", "fp32"]}
 CHOICES["encoder"] = ["auto", "resnet18", "small", "vit"]
+LEAST = {"every": 1, "epochs": 1, "batch_size": 2, "n_init": 1}  # batch-norm takes two clips
 CHECKPOINT_SECONDS = 30  # a kill costs at most so much, and the epoch that it falls into
+ALL_THREADS = torch.get_num_threads()
 
 
 @dataclass
 class Config:
-    """Everything that a run depends on. Every field is a flag, with its comment as help; None: by dataset, PRESETS."""
+    """Everything that a run depends on. Every field is a flag, with its help; None: by dataset, see PRESETS."""
 
-    dataset: str = "demo"  # what to train on: a folder of prepared data
-    method: str = "dr"  # how to train: one of the list below
-    modalities: str = ""  # which, such as visual or audio+visual; all if not given
-    encoder: str = "auto"  # of pictures: resnet18, small, vit; auto: by their size
-    fusion: str = "concat"  # how features are joined: concat, sum, film, gated, mbt
-    noise_audio: float = 0.0  # noise on the sound, in standard deviations of it
-    augment: bool = None  # mild crops, flips, gains in training; officially none
-    lam: float = 3.0  # lambda in a = tanh(lambda * gap)
-    every: int = None  # H: diagnose after epochs H, 2H, ..., counted from 0
-    times: int = None  # re-learn at most so many times
-    epochs: int = None  # how long to train
-    batch_size: int = None  # samples per step
-    lr: float = None  # learning rate of SGD, constant
-    momentum: float = 0.9  # momentum of SGD
-    weight_decay: float = None  # weight decay of SGD
-    n_init: int = 10  # restarts of k-means
-    track_purity: bool = False  # after each epoch, the purity of the test features
-    seed: int = 0  # of the initial weights and of the order of batches
-    precision: str = "auto"  # bf16 (autocast) or fp32; auto: bf16 on CUDA
-    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto: the best there is
-    data: str = "prepared"  # folder of the prepared datasets
-    out: str = "runs"  # folder of the runs
-    name: str = ""  # of the run; made of what is not default if not given
+    dataset: Annotated[str, "what to train on: a folder of prepared data"] = "demo"
+    method: Annotated[str, "how to train: one of the list below"] = "dr"
+    modalities: Annotated[str, "which, such as visual or audio+visual; all if not given"] = ""
+    encoder: Annotated[str, "of pictures: resnet18, small, vit; auto: by their size"] = "auto"
+    fusion: Annotated[str, "how features are joined: concat, sum, film, gated, mbt"] = "concat"
+    noise_audio: Annotated[float, "noise on the sound, in standard deviations of it"] = 0.0
+    augment: Annotated[bool, "mild crops, flips, gains in training; officially none"] = None
+    lam: Annotated[float, "lambda in a = tanh(lambda * gap)"] = 3.0
+    every: Annotated[int, "H: diagnose after epochs H, 2H, ..., counted from 0"] = None
+    times: Annotated[int, "re-learn at most so many times"] = None
+    epochs: Annotated[int, "how long to train"] = None
+    batch_size: Annotated[int, "samples per step"] = None
+    lr: Annotated[float, "learning rate of SGD, constant"] = None
+    momentum: Annotated[float, "momentum of SGD"] = 0.9
+    weight_decay: Annotated[float, "weight decay of SGD"] = None
+    n_init: Annotated[int, "restarts of k-means"] = 10
+    track_purity: Annotated[bool, "after each epoch, the purity of the test features"] = False
+    seed: Annotated[int, "of the initial weights and of the order of batches"] = 0
+    precision: Annotated[str, "bf16 (autocast) or fp32; auto: bf16 on CUDA"] = "auto"
+    device: Annotated[str, "cpu, cuda, cuda:1 or mps; auto: the best there is"] = "auto"
+    data: Annotated[str, "folder of the prepared datasets"] = "prepared"
+    out: Annotated[str, "folder of the runs"] = "runs"
+    name: Annotated[str, "of the run; made of what is not default if not given"] = ""
 
     def __post_init__(self):
         for key, value in PRESETS.get(self.dataset, OFFICIAL).items():
@@ -749,7 +757,7 @@ class Config:
                 setattr(self, key, value)
         self.name = self.name or run_name(self)
         for key, value in asdict(self).items():
-            least = 1 if key in ("every", "epochs", "batch_size", "n_init") else 0
+            least = LEAST.get(key, 0)
             if key in CHOICES and value not in CHOICES[key]:
                 raise ValueError(f"{key} is one of {', '.join(CHOICES[key])}, not {value!r}")
             if isinstance(value, (int, float)) and not least <= value < 2**32:
@@ -762,14 +770,25 @@ class Config:
         return asdict(self) | {"manifest": data.fingerprint(Path(self.data) / self.dataset / "manifest.json")}
 
 
+KINDS = {f.name: get_args(f.type) for f in fields(Config)}  # {field: (its type, its help)}
+PLACES = ("device", "data", "out", "name")  # where a run is, not what it is
+
+
 def run_name(config):
     """<dataset>-<method>-<what else is not default>-<seed>."""
     usual = {f.name: f.default for f in fields(Config)} | PRESETS.get(config.dataset, OFFICIAL)
     words = [config.dataset, config.method]
     for key, value in asdict(config).items():
-        if value != usual[key] and key not in ("dataset", "method", "name", "seed", "device", "data", "out"):
+        if value != usual[key] and key not in (*PLACES, "dataset", "method", "seed"):
             words.append(value if key == "modalities" else f"{key}={value}")
-    return "-".join([*words, str(config.seed)])
+    return shorten("-".join([*words, str(config.seed)]))
+
+
+def shorten(name, most=100):
+    """A name that every file system takes: of a long one the beginning, and a hash that tells it from others."""
+    if len(name.encode()) <= most:
+        return name
+    return name.encode()[: most - 9].decode(errors="ignore") + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def differences(config, settings):
@@ -778,9 +797,37 @@ def differences(config, settings):
 
 
 def is_done(config):
-    """Has this very run been finished, on whatever device?"""
-    settings = config.folder / "config.json"
-    return (config.folder / "summary.json").exists() and not differences(config, json.loads(settings.read_text()))
+    """Has this very run been finished, on whatever device? Raises DataError if its folder holds another one."""
+    if not (config.folder / "summary.json").exists():
+        return False
+    if differences(config, json.loads((config.folder / "config.json").read_text())):
+        raise data.DataError(f"{config.folder} holds another finished run: give a --name, or delete it")
+    return True
+
+
+@contextlib.contextmanager
+def begin(config):
+    """All that a run works on, set up, its folder held against other processes -> a namespace, for a `with`.
+    Raises DataError for what does not fit together. Under torchrun every process has its own; the main process alone
+    evaluates, diagnoses, writes and prints."""
+    device = set_up(config)
+    dataset = load_dataset(config)
+    with data.exclusive(config.folder) if is_main() else contextlib.nullcontext():
+        if device.type == "cuda":
+            data.move_to_gpu(dataset, device, max_bytes=torch.cuda.mem_get_info(device)[0] / 2)
+        torch.manual_seed(config.seed)
+        model = make_model(config, dataset, device)
+        optimiser = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+        run = SimpleNamespace(config=config, dataset=dataset, model=model, optimiser=optimiser)
+        run.history = []
+        run.best_weights = None  # of the epoch that is the best on validation so far
+        run.relearnings = 0
+        run.relearn = RELEARNING.get(config.method)
+        if run.relearn is relearn_momentum:
+            run.relearn = partial(relearn_momentum, optimiser=optimiser)
+        yield run
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def set_up(config):
@@ -796,7 +843,6 @@ def set_up(config):
         device = torch.ones(1, device=name).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 is exact
     if "RANK" in os.environ and not dist.is_initialized():
         nccl = config.device in ("auto", "cuda") and gpus >= int(os.environ["LOCAL_WORLD_SIZE"])
@@ -805,26 +851,15 @@ def set_up(config):
     return device
 
 
-def ranks():
-    """(which, of how many) processes this is: (0, 1) but under torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def from_main(work, *args):
-    """work(*args), done by the main process alone; every process gets what it returns."""
-    box = [work(*args) if ranks()[0] == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
 def load_dataset(config):
     """The prepared dataset of a config; the demo is made if it is not there. Raises DataError."""
     if config.dataset == "demo" and not (Path(config.data) / "demo" / "manifest.json").exists():
-        from_main(data.prepare, "demo", None, config.data)
+        data.prepare("demo", out=config.data)
     dataset = data.load(config.dataset, config.data, config.modalities.split("+") if config.modalities else None)
     if min(len(dataset.train), len(dataset.val), len(dataset.test)) < len(dataset.classes):
         raise data.DataError("a diagnosis takes at least as many clips of every split as there are classes")
+    if len(set(dataset.train.labels)) < 2:
+        raise data.DataError("every training clip has the same label: there is nothing to tell apart")
     if reason := why_undefined(config, "+".join(dataset.shapes)):
         raise data.DataError(reason)
     if config.noise_audio:
@@ -837,20 +872,153 @@ def why_undefined(config, modalities):
     count = modalities.count("+") + 1
     if config.fusion in ("film", "gated") and count != 2:
         return f"--fusion {config.fusion} joins two modalities, not {count}: name two with --modalities"
-    if METHODS[config.method] is not joint and (count < 2 or not hasattr(FUSIONS[config.fusion], "parts")):
+    if config.method in COMPARING and (count < 2 or not hasattr(FUSIONS[config.fusion], "parts")):
         return f"--method {config.method} compares modalities: it takes two or more, and --fusion concat or sum"
     return ""
+
+
+class InBf16:
+    """Mixed into a model: its encoders compute in bf16, by autocast; features are fp32, and so are fusion and loss."""
+
+    def features(self, inputs):
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return {m: x.float() for m, x in super().features(inputs).items()}
+
+    def mean_tokens(self, inputs):  # a BottleneckModel's
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return {m: x.float() for m, x in super().mean_tokens(inputs).items()}
 
 
 def make_model(config, dataset, device="cpu"):
     """The model of a config, on its device. On several processes batch-norm takes its statistics over each one's share
     of a batch, as is usual; SyncBatchNorm would wait for the others 120 times per step."""
+    device = torch.device(device)
+    names = {choose_encoder(shape, config.encoder) for shape in dataset.shapes.values()}
+    # small encoders gain nothing from more threads, which wait for each other, and change the last digits
+    torch.set_num_threads(ALL_THREADS if names & {"resnet18", "vit"} else 1)
     kind = BottleneckModel if config.fusion == "mbt" else MultimodalModel
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.precision == "bf16" or (config.precision == "auto" and fast):
+        kind = type("ModelInBf16", (InBf16, kind), {})
     model = kind(dataset.shapes, len(dataset.classes), config.encoder, config.fusion)
-    model.to(device, memory_format=data.memory_format(device))
-    fast = model.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    model.bf16 = fast if config.precision == "auto" else config.precision == "bf16"
-    return model
+    if config.method == "inforeg":
+        model.register_buffer("traces", torch.zeros(config.epochs, len(dataset.shapes)))
+    return model.to(device, memory_format=data.memory_format(device))
+
+
+def remaining_epochs(run):
+    """Yield the numbers of the epochs that are left to train: all, or those that a stopped run of this config lacks.
+    Before one, every half a minute, a checkpoint is written; on a CPU a resumed run ends bit for bit as if it had not
+    been stopped."""
+    resume(run)
+    if is_main():
+        start_run(run)
+    saved = time.monotonic()
+    for epoch in range(len(run.history), run.config.epochs):
+        run.epoch_began = time.monotonic()
+        if is_main() and run.epoch_began - saved >= CHECKPOINT_SECONDS:
+            states = {"model": run.model.state_dict(), "optimiser": run.optimiser.state_dict()}
+            save(run.config, "last.pt", history=run.history, best=run.best_weights, **states)
+            saved = time.monotonic()
+        yield epoch
+
+
+def training_batches(run, epoch):
+    """The training set in batches, in an order drawn from seed and epoch; of several processes each gets its share."""
+    config = run.config
+    rank, world = ranks()
+    # dropout and the methods' own draws begin anew, so that a resumed run repeats them
+    torch.manual_seed(config.seed + 1000 * epoch + 1000_000 * rank)
+    order = (config.seed, epoch)
+    split = run.dataset.train
+    batches = data.batches(split, config.batch_size, order, run.model.device, config.augment, (rank, world))
+    steps = math.ceil(len(split) / config.batch_size)
+    return tqdm(batches, f"epoch {epoch}", steps, leave=False, ncols=78, disable=rank > 0 or None)
+
+
+def evaluate_epoch(run, entry):
+    """Add accuracy and macro F1 on validation and test to an epoch's entry, and keep the weights if they are the best
+    on validation so far. Raises FloatingPointError if training has diverged."""
+    config = run.config
+    if dist.is_initialized():
+        means = average(torch.tensor([entry["loss"], entry["train"]], device=run.model.device))
+        entry["loss"], entry["train"] = means.tolist()
+    if not math.isfinite(entry["loss"]):
+        raise FloatingPointError(f"the loss is {entry['loss']} in epoch {entry['epoch']}: try a smaller --lr")
+    torch.manual_seed(1000 * (config.seed + 1) + entry["epoch"])  # what re-learning draws is alike on all processes
+    if not is_main():
+        return
+    for name, split in ("val", run.dataset.val), ("test", run.dataset.test):
+        entry[name], entry[f"{name}_f1"] = evaluate(run.model, split).values()
+    if config.track_purity:
+        x, y = extract_features(run.model, run.dataset.test)
+        entry["test_purity"] = {m: purity(x[m], y, len(run.dataset.classes), config.n_init) for m in x}
+    if all(entry["val"] > e["val"] for e in run.history):
+        run.best_weights = copy.deepcopy(run.model.state_dict())
+
+
+def diagnose_run(run):
+    """`diagnose` a run on the main process -> {modality: {"P_train", "P_val", "gap", "floor"}}, for all processes."""
+    dataset = run.dataset
+    gap = MEASURES.get(run.config.method, purity_gap)
+
+    def measure(*features_and_n_init):
+        return *gap(*features_and_n_init), noise_floor(gap, *features_and_n_init[:-1])
+
+    box = [None]
+    if is_main():
+        with threadpool_limits(torch.get_num_threads()):
+            box = [diagnose(run.model, dataset.train, dataset.val, len(dataset.classes), run.config.n_init, measure)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return {m: dict(zip(("P_train", "P_val", "gap", "floor"), found)) for m, found in box[0].items()}
+
+
+def ranks():
+    """(which, of how many) processes this is: (0, 1) but under torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_main():
+    return ranks()[0] == 0
+
+
+def average(tensor):
+    """The mean over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def average_gradients(model):
+    """The mean of all processes' gradients, in one message. Each has weighed the modalities on its own share."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in model.parameters()]
+    message = average(torch.cat([g.flatten() for g in gradients]))
+    for g, mean in zip(gradients, message.split([g.numel() for g in gradients])):
+        g.copy_(mean.view_as(g))
+
+
+@torch.no_grad()
+def predict(model, split, batch_size=128):
+    """Logits (N, C) and labels (N,) of a whole split, in eval mode, as arrays."""
+    model.eval()
+    batches = [(model(inputs), y) for inputs, y in data.batches(split, batch_size, device=model.device)]
+    return [torch.cat(part).cpu().numpy() for part in zip(*batches)]
+
+
+def metrics(scores, labels):
+    """Accuracy and macro F1, in per cent, where the largest of the scores (N, C) is the prediction."""
+    predicted = scores.argmax(1)
+    f1 = f1_score(labels, predicted, average="macro", zero_division=0)
+    return {"accuracy": 100 * float((predicted == labels).mean()), "macro F1": 100 * float(f1)}
+
+
+def evaluate(model, split, batch_size=128):
+    """Accuracy and macro F1, in per cent, over a whole split."""
+    return metrics(*predict(model, split, batch_size))
 
 
 def save(config, name, **content):
@@ -867,18 +1035,21 @@ def read_checkpoint(path):
         return content, Config(**{k: v for k, v in content["config"].items() if k != "manifest"})
 
 
-def resume(config, model, optimiser):
-    """Take up the unfinished run of this config, if there is one -> its history, its best weights so far."""
+def resume(run):
+    """Take up the unfinished run of this config, if there is one."""
+    config = run.config
     path = config.folder / "last.pt"
     if not path.exists():
-        return [], None
+        return
     content, _ = read_checkpoint(path)
     if differ := ", ".join(differences(config, content["config"])):
         raise data.DataError(f"{path} is of a run with another {differ}: finish or delete that, or give a --name")
     with data.explained(f"{path} is not of a run on the {config.dataset} in {config.data}: delete it"):
-        model.load_state_dict(content["model"])
-        optimiser.load_state_dict(content["optimiser"])
-        return content["history"], content["best"]
+        run.model.load_state_dict(content["model"])
+        run.optimiser.load_state_dict(content["optimiser"])
+        run.history = content["history"]
+        run.best_weights = content["best"]
+        run.relearnings = sum(entry.get("relearnt", False) for entry in run.history)
 
 
 def load_run(path, **changes):
@@ -895,41 +1066,87 @@ def load_run(path, **changes):
 
 
 # ---- 9  What a run shows and leaves behind ------------------------------------------------------------------------
-def start_run(config, model, dataset, history):
-    """Make the run's folder, write its config, and say what is about to be trained."""
-    if (config.folder / "summary.json").exists() and not is_done(config):
-        raise data.DataError(f"{config.folder} holds another finished run: give a --name, or delete it")
-    config.folder.mkdir(parents=True, exist_ok=True)
+def start_run(run):
+    """Write the run's config, and say what is about to be trained."""
+    config = run.config
+    dataset = run.dataset
+    is_done(config)  # refuses another
     (config.folder / "summary.json").unlink(missing_ok=True)  # only a finished run has one
     data.write_json(config.folder / "config.json", config.stored())
     sizes = " / ".join(f"{len(split):,}" for split in (dataset.train, dataset.val, dataset.test))
     print(f"{config.name}: {sizes} clips for training / validation / test, {len(dataset.classes)} classes")
-    for m, encoder in model.encoders.items():
+    for m, encoder in run.model.encoders.items():
         count = sum(p.numel() for p in encoder.parameters())
         print(f"  {m:<8} {dataset.shapes[m]} -> {encoder.width} features, {count:,} weights")
-    if history:
-        print(f"  resumes with epoch {len(history)}")
+    if len(dataset.val) < 10 * len(dataset.classes):
+        print("  fewer than ten validation clips per class: the gaps will be mostly luck")
+    if run.history:
+        print(f"  resumes with epoch {len(run.history)}")
 
 
 EPOCH = "epoch {epoch:3d}  loss {loss:.3f}  train {train:5.1f} %  val {val:5.1f} %  test {test:5.1f} %  {seconds:.1f} s"
+COLUMNS = {"P_train": "purity train", "P_val": "purity val"}
 SUMMARY = """
 {name}, on the test set                         accuracy    macro F1
   at the best validation epoch, {best_val[epoch]:<3}       {best_val[test]:14.1f} % {best_val[test_f1]:9.1f} %
   at the last epoch, {last[epoch]:<3}                  {last[test]:14.1f} % {last[test_f1]:9.1f} %
   as the official code reports it: best test epoch, {best_test[epoch]}: {best_test[test]:.1f} %
-{seconds:.0f} s; config, log, weights and curves are in {config.folder}/; linear probes of the encoders:"""
+{seconds:.0f} s; config, log, weights and curves are in {config.folder}/
+"""
 
 
-def report_epoch(config, history):
-    """A line of log.jsonl and one on the screen; after a diagnosis, a table."""
-    entry = history[-1]
-    (config.folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in history))
+def end_epoch(run, entry):
+    """Add an epoch to the history; write log.jsonl, and a line on the screen; after a diagnosis, a table."""
+    entry["seconds"] = time.monotonic() - run.epoch_began
+    run.history.append(entry)
+    if not is_main():
+        return
+    (run.config.folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in run.history))
     print(EPOCH.format(**entry), flush=True)
     if "diagnosis" in entry:
-        count = sum(e.get("relearnt", False) for e in history)
-        print(f"\n  re-learning {count} of {config.times}" if entry["relearnt"] else "\n  diagnosis only")
-        table = pd.DataFrame(entry["diagnosis"]).T.set_axis(["purity train", "purity val", "gap", "strength"], axis=1)
-        print(table.to_string(float_format="{:.3f}".format, col_space=14), flush=True, end="\n\n")
+        title = f"re-learning {run.relearnings} of {run.config.times}" if entry["relearnt"] else "diagnosis only"
+        table = pd.DataFrame(entry["diagnosis"]).T.rename(columns=COLUMNS)
+        print(f"\n  {title}\n{table.to_string(float_format='{:.3f}'.format, col_space=13)}\n", flush=True)
+        if (table["gap"] < table["floor"]).all():
+            print("  every gap is below its floor, what shuffled labels give: validation is too small to tell\n")
+
+
+def finish(run):
+    """Leave what a finished run leaves. What it was run for is written before anything that may fail."""
+    if not is_main():
+        return
+    config = run.config
+    dataset = run.dataset
+    history = run.history
+    best = max(history, key=lambda entry: entry["val"])  # the first of the best
+    run.model.load_state_dict(run.best_weights)
+    save(config, "best.pt", epoch=best["epoch"], model=run.model.state_dict())
+    logits, labels = predict(run.model, dataset.test)
+    np.savez(config.folder / "test.npz", logits=logits, labels=labels)
+    relearnt = [e["diagnosis"] for e in history if e.get("relearnt")]
+    seconds = sum(entry["seconds"] for entry in history)
+    strength = {m: np.mean([d[m]["strength"] for d in relearnt]) for m in dataset.shapes if relearnt}
+    summary = {"name": config.name, "accuracy": best["test"], "macro F1": best["test_f1"], "strength": strength}
+    summary |= {"seconds": seconds, "seconds per epoch": seconds / len(history)}
+    summary |= {"best_val": best, "last": history[-1], "best_test": max(history, key=lambda entry: entry["test"])}
+    data.write_json(config.folder / "summary.json", summary)
+    print(SUMMARY.format(config=config, **summary))
+    known = {"probe": attempt(probe, run.model, dataset.train, dataset.test)}
+    if len(dataset.shapes) > 1 and hasattr(run.model.fusion, "parts"):
+        known["contribution"] = attempt(contributions, run.model, dataset.test)
+    data.write_json(config.folder / "summary.json", summary | known)
+    (config.folder / "last.pt").unlink(missing_ok=True)  # only an unfinished run has one
+    print(pd.DataFrame(known).to_string(float_format="{:.2f}".format, col_space=14))
+    attempt(draw_curves, history, config.folder / "curves.png", config.name)
+
+
+def attempt(work, *args):
+    """work(*args), or {} and a line that says why not: what comes after a run costs nothing that is written."""
+    try:
+        return work(*args)
+    except Exception as error:
+        print(f"  {work.__name__} failed, everything else is there ({type(error).__name__}: {error})")
+        return {}
 
 
 def probe(model, train, test):
@@ -937,67 +1154,86 @@ def probe(model, train, test):
     x_train, y_train = extract_features(model, train)
     x_test, y_test = extract_features(model, test)
     linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-    return {m: 100 * linear.fit(x_train[m], y_train).score(x_test[m], y_test) for m in x_train}
+    with threadpool_limits(1):
+        return {m: 100 * linear.fit(x_train[m], y_train).score(x_test[m], y_test) for m in x_train}
 
 
-def finish_run(config, model, dataset, history, best_weights):
-    """Write best.pt, the test set's logits and the curves; print the summary and write it to summary.json."""
-    best = max(history, key=lambda entry: entry["val"])  # the first of the best
-    model.load_state_dict(best_weights)
-    save(config, "best.pt", epoch=best["epoch"], model=model.state_dict())
-    logits, labels = predict(model, dataset.test)
-    np.savez(config.folder / "test.npz", logits=logits, labels=labels)
-    draw_curves(history, config.folder / "curves.png", config.name)
-    relearnt = [e["diagnosis"] for e in history if e.get("relearnt")]
-    seconds = sum(entry["seconds"] for entry in history)
-    strength = {m: np.mean([d[m]["strength"] for d in relearnt]) for m in model.encoders if relearnt}
-    summary = {"name": config.name, "accuracy": best["test"], "macro F1": best["test_f1"], "strength": strength}
-    summary |= {"probe": probe(model, dataset.train, dataset.test)}
-    summary |= {"seconds": seconds, "seconds per epoch": seconds / len(history)}
-    summary |= {"best_val": best, "last": history[-1], "best_test": max(history, key=lambda entry: entry["test"])}
-    data.write_json(config.folder / "summary.json", summary)
-    (config.folder / "last.pt").unlink(missing_ok=True)  # only an unfinished run has one
-    print(SUMMARY.format(config=config, **summary))
-    for m, accuracy in summary["probe"].items():
-        print(f"  {m:<42}{accuracy:14.1f} %")
+@torch.no_grad()
+def contributions(model, split):
+    """What each modality contributes to the right answers, per clip -> {modality: phi}; they sum to M * accuracy.
+    Shapley values (Wei et al., CVPR 2024) of v(C) = |C| where the modalities C alone give the right class, the others'
+    features being zeros, else 0: what a modality adds to v, as a mean over all orders in which they may come."""
+    features, labels = extract_features(model, split)
+    shapley = dict.fromkeys(features, 0.0)
+    orders = list(itertools.permutations(features))
+    for order in orders:
+        before = 0.0
+        for size, m in enumerate(order, start=1):
+            kept = {n: torch.tensor(x * (n in order[:size]), device=model.device) for n, x in features.items()}
+            right = metrics(model.fusion(kept).cpu().numpy(), labels)["accuracy"] / 100
+            shapley[m] += (size * right - before) / len(orders)
+            before = size * right
+    return shapley
 
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
 MARKERS = "os^Dv<"
+verbatim = matplotlib.rc_context({"text.parse_math": False})  # names that others gave are no mathematics
 
 
+def panels(rows, columns, size, **shared):
+    """A figure and its axes (rows, columns), without pyplot, which may want a screen, or a notebook."""
+    figure = Figure(size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
+
+
+def save_figure(figure, path, caption=""):
+    """Write a picture, without frames, with the command that made it below it."""
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(caption, x=0.01, ha="left", wrap=True, family="monospace", fontsize=7, color="0.35")
+    figure.savefig(path, dpi=150)
+
+
+@verbatim
 def draw_curves(history, path, title):
     """Accuracy, purity gap, re-learning strength and, if tracked, test purity over the epochs (paper, Fig. 4)."""
     log = pd.json_normalize(history).set_index("epoch")  # columns such as diagnosis.audio.gap
-    relearnt = log[log.get("relearnt", log["val"]).eq(True)]
-    panels = {"accuracy in %": log[["train", "val", "test"]], "purity gap g": log.filter(regex="gap$").dropna()}
-    panels |= {"strength a": relearnt.filter(regex="strength$"), "test purity P": log.filter(regex="^test_purity")}
-    panels = {label: values for label, values in panels.items() if values.size}
-    size = (7, 1 + 2 * len(panels))
-    figure, axes = plt.subplots(len(panels), figsize=size, sharex=True, squeeze=False, layout="constrained")
-    for axis, (label, values) in zip(axes[:, 0], panels.items()):
+    relearnt = log[[entry.get("relearnt", False) for entry in history]]
+    drawn = {
+        "accuracy in %": log[["train", "val", "test"]],
+        "purity gap g": log.filter(regex="gap$").dropna(),
+        "strength a": relearnt.filter(regex="strength$"),
+        "test purity P": log.filter(regex="^test_purity"),
+    }
+    drawn = {label: values for label, values in drawn.items() if values.size}
+    figure, axes = panels(len(drawn), 1, (7, 1 + 2 * len(drawn)), sharex=True)
+    for axis, (label, values) in zip(axes[:, 0], drawn.items()):
         colours = ["0.6", COLOURS[2], "black"] if label == "accuracy in %" else COLOURS
-        names = [column.split(".")[-2:][0] for column in values]
-        values.set_axis(names, axis=1).plot(ax=axis, style=".-", color=colours, ylabel=label)
+        for column, colour in zip(values, colours):
+            name = column.split(".")[1] if "." in column else column
+            axis.plot(values[column], ".-", color=colour, label=name)
+        axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         axis.vlines(relearnt.index, 0, 1, color="0.85", zorder=0, transform=axis.get_xaxis_transform())
-    axes[0, 0].set_title(title, parse_math=False)
+    axes[0, 0].set_title(title)
     axes[-1, 0].set_xlabel("epoch; grey lines: re-learning")
     save_figure(figure, path)
 
 
+@verbatim
 def draw_tsne(path, **changes):
     """t-SNE of each encoder's features of the test set, coloured by class (paper, Fig. 3) -> tsne.png beside it."""
     model, dataset, _ = load_run(path, **changes)
     features, labels = extract_features(model, dataset.test)
-    size = (3.4 * len(features) + 1.2, 3.5)
-    figure, axes = plt.subplots(1, len(features), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = panels(1, len(features), (3.4 * len(features) + 1.2, 3.5))
     for axis, (m, x) in zip(axes[0], features.items()):
         plane = TSNE(perplexity=max(1, min(30, len(x) // 4)), init="pca", random_state=0)
-        x2 = plane.fit_transform(StandardScaler().fit_transform(x))  # (N, 2)
-        for c, name in enumerate(dataset.classes):
-            axis.plot(*x2[labels == c].T, MARKERS[c % 6], color=COLOURS[c % 7], markersize=3, label=name)
+        with threadpool_limits(1):  # several threads have waited for each other two hundred times as long
+            x2 = plane.fit_transform(StandardScaler().fit_transform(x))  # (N, 2)
+        for c, name in enumerate(dataset.classes):  # a label that begins with _ would be hidden
+            axis.plot(*x2[labels == c].T, MARKERS[c % 6], color=COLOURS[c % 7], markersize=3, label=f" {name}")
         axis.set_title(f"{m}, purity {purity(x, labels, len(dataset.classes)):.2f}", loc="left")
         axis.set_axis_off()
     if len(dataset.classes) <= 10:
@@ -1007,36 +1243,31 @@ def draw_tsne(path, **changes):
     return picture
 
 
-def save_figure(figure, path, caption=""):
-    """Write a picture, without frames, with the command that made it below it."""
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel(caption, x=0.01, ha="left", wrap=True, family="monospace", fontsize=7, color="0.35")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 # ---- 10  Sweeps: a grid of runs, averaged over seeds --------------------------------------------------------------
 def expand(words, base):
     """The configs of a grid such as ["method=joint,dr", "seed=0,1"] over the flags `base`."""
-    kinds = {f.name: f.type for f in fields(Config)}
-    kinds |= dict.fromkeys(("augment", "track_purity"), {"true": True, "false": False}.__getitem__)
     grid = {}
     for word in words:
         key, _, values = word.partition("=")
         key = key.replace("-", "_")
         try:
-            grid[key] = [kinds[key](value) for value in values.split(",")]
+            kind = KINDS[key][0]
+            if kind is bool:
+                kind = {"true": True, "false": False}.__getitem__
+            grid[key] = [kind(value) for value in values.split(",")]
         except (ValueError, KeyError):
             raise ValueError(f"--sweep takes words such as method=joint,dr or lam=1,2.5, not {word!r}") from None
     return [Config(**base | dict(zip(grid, values))) for values in itertools.product(*grid.values())]
 
 
-def train_quietly(settings):
-    """Train one run of a sweep, what it prints going to output.txt in its folder -> [] or [why it failed]."""
+def train_quietly(settings, methods, relearning):
+    """Train one run of a sweep, what it prints going to output.txt in its folder -> [] or [why it failed].
+    `methods`, `relearning`: the tables METHODS and RELEARNING, to which a file of the user's own may have added."""
+    METHODS.update(methods)
+    RELEARNING.update(relearning)
     config = Config(**settings)
     config.folder.mkdir(parents=True, exist_ok=True)
-    with open(config.folder / "output.txt", "w") as output, contextlib.redirect_stdout(output):
+    with open(config.folder / "output.txt", "a", encoding="utf-8") as output, contextlib.redirect_stdout(output):
         try:
             train(config)
         except Exception as error:
@@ -1049,16 +1280,18 @@ def run_all(configs, jobs=None):
     """Train what is not done yet, a process per GPU or core, or `jobs` of them; then DataError says what failed."""
     import dr  # by this name, not as __main__, another process finds the function that it is to run
 
+    own = (METHODS, RELEARNING) if __name__ == "dr" else ({}, {})
     gpus = torch.cuda.device_count() if configs[0].device in ("auto", "cuda") else 0
-    jobs = jobs or gpus or (1 if torch.accelerator.is_available() and configs[0].device != "cpu" else os.cpu_count())
+    cores = data.cpu_count()
+    jobs = jobs or gpus or (1 if torch.accelerator.is_available() and configs[0].device != "cpu" else cores)
     todo = [asdict(c) for c in configs if not is_done(c)]
     for k, settings in enumerate(todo if gpus else []):
         settings["device"] = f"cuda:{k % gpus}"
     failures = []
     try:
-        with joblib.parallel_config("loky", inner_max_num_threads=max(1, os.cpu_count() // jobs)):
+        with joblib.parallel_config("loky", inner_max_num_threads=max(1, cores // jobs)):
             side_by_side = joblib.Parallel(jobs, return_as="generator_unordered")
-            finished = side_by_side(joblib.delayed(dr.train_quietly)(settings) for settings in todo)
+            finished = side_by_side(joblib.delayed(dr.train_quietly)(settings, *own) for settings in todo)
             for failure in tqdm(finished, f"{len(configs)} runs", len(todo), unit="run", disable=None, ncols=78):
                 failures += failure
     except BrokenExecutor:
@@ -1084,16 +1317,16 @@ def sweep(words, base, jobs=None, name=""):
     rows = [asdict(c) | json.loads((c.folder / "summary.json").read_text()) for c in configs]
     runs = pd.json_normalize(rows + ensembles(configs), sep=" ")
     runs.insert(0, "setting", runs[names].astype(str).agg(", ".join, axis=1))
-    found = sorted(runs.filter(regex="^(accuracy|macro|probe|strength|seconds per)"))
+    found = sorted(runs.filter(regex="^(accuracy|macro|probe|contribution|strength|seconds per)"))
     table = tabulate(runs, names, found)
-    stem = Path(base["out"]) / (name or "-".join(["sweep", Config(**base).name, *words]))
+    stem = Path(base["out"]) / (name or shorten("-".join(["sweep", Config(**base).name, *words])))
     caption = "python " + shlex.join(sys.argv)
     note = "± standard deviation over seeds; vs: paired over seeds, ± half its 95 % interval"
     text = f"    {caption}\n\n{table.to_markdown(disable_numparse=True)}\n\n{note}\n"
     Path(f"{stem}.md").write_text(text, encoding="utf-8")
     runs[[*names, "seed", *found]].to_csv(f"{stem}.csv", index=False)
-    draw_sweep(runs, f"{stem}.png", caption)
     print(f"\n{table.to_string(line_width=80)}\n\n{note}\n{stem}.md, .csv and .png")
+    attempt(draw_sweep, runs, f"{stem}.png", caption)
     return runs
 
 
@@ -1123,7 +1356,7 @@ def tabulate(runs, names, found):
     half = groups["difference"].sem() * stats.t.ppf(0.975, groups.size() - 1)  # Student's t
     table = pd.DataFrame(index=list(groups.groups))
     for column in found:
-        style = ".2f" if column[0] == "s" else ".1f"
+        style = ".1f" if column.startswith(("accuracy", "macro", "probe")) else ".2f"
         table[column] = plus_minus(groups[column].mean(), groups[column].std(), style)
     versus = plus_minus(groups["difference"].mean(), half, "+.1f").where(groups[first].first() != runs[first][0], "")
     table.insert(1, f"vs {runs[first][0]}", versus)
@@ -1136,11 +1369,12 @@ def plus_minus(means, spreads, style):
     return pd.Series(texts, means.index).str.replace(r"( ± |\+)?nan", "", regex=True)
 
 
+@verbatim
 def draw_sweep(runs, path, caption):
     """A panel per metric: a bar with one standard deviation per setting, and a dot per run."""
-    found = sorted(runs.filter(regex="^(accuracy|probe|strength)"))
+    found = sorted(runs.filter(regex="^(accuracy|probe|contribution|strength)"))
     size = (3 * len(found) + 1, 1.4 + 0.26 * runs["setting"].nunique())
-    figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    figure, axes = panels(1, len(found), size, sharey=True)
     for axis, column in zip(axes[0], found):
         values = runs.groupby("setting", sort=False)[column]
         axis.barh(list(values.groups), values.mean(), xerr=values.std(), color=COLOURS[5])
@@ -1153,26 +1387,29 @@ def draw_sweep(runs, path, caption):
 # ---- 11  Command line ---------------------------------------------------------------------------------------------
 def parse(arguments=None):
     """The command line -> (the fields of Config, all that was given); ends the program on what is wrong."""
+    parser = argparse.ArgumentParser(
+        usage="python dr.py [--flag value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     methods = []
-    for name, function in (METHODS | RELEARNING).items():
-        doc = getattr(function, "func", function).__doc__  # of what partial was made of
-        methods.append(f"  {name:<13} {doc.splitlines()[0]}")
-    parser = argparse.ArgumentParser(usage="python dr.py [--flag value ...]", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    for name, method in METHODS.items():
+        function = RELEARNING.get(name, joint) if method is joint else method
+        methods.append(f"  {name:<13} {(function.__doc__ or 'your own').splitlines()[0]}")
     presets = pd.DataFrame(PRESETS).T.to_string()
     parser.epilog = "\n".join(["methods:", *methods, "", "presets (other datasets have cremad's):", presets])
-    comments = dict(re.findall(r"    (\w+): .*  # (.*)", inspect.getsource(Config)))
     for f in fields(Config):
+        kind, words = KINDS[f.name]
         default = "preset" if f.default is None else f.default
-        text = f"{comments[f.name]} ({default})" if default else comments[f.name]
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": ""}
-        parser.add_argument("--" + f.name.replace("_", "-"), help=text, default=f.default, **kind)
+        words = f"{words} ({default})" if default else words
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": ""}
+        parser.add_argument("--" + f.name.replace("_", "-"), help=words, default=f.default, **how)
     parser.add_argument("--sweep", nargs="+", default=[], metavar="FIELD=A,B", help="run a grid, average it over seeds")
     parser.add_argument("--jobs", type=int, metavar="", help="runs of a sweep side by side (one per GPU or CPU core)")
     parser.add_argument("--evaluate", metavar="BEST.PT", help="test this run as it was set, but for --data, --device")
     parser.add_argument("--tsne", metavar="BEST.PT", help="draw the test features of this run, likewise")
     given = parser.parse_args(arguments)
-    settings = {f.name: getattr(given, f.name) for f in fields(Config)}
+    settings = {name: getattr(given, name) for name in KINDS}
     try:
         expand(given.sweep, settings)
         if given.sweep and "RANK" in os.environ:
