@@ -3385,7 +3385,7 @@ NOTEBOOK = nbformat.read(HERE / "tutorial.ipynb", 4)
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 TEXT = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown"]
 OUTPUTS = [output for cell in CODE for output in cell.outputs]
-METHOD = ["step", "purity", "purity_gap", "relearning_strength", "relearn"]  # what the cells build; soft_reinit within relearn
+METHOD = ["step", "purity", "purity_gap", "relearning_strength", "relearn"]  # soft_reinit is held by relearn
 SHORTER = {
     "settings |= dict()": "settings |= dict(epochs=5, every=2)",
     "load_digits(return_X_y=True)": "load_digits(n_class=3, return_X_y=True)",
@@ -3457,7 +3457,8 @@ def test_the_cells_hold_every_step_against_dr():
         cells = "".join(cell.source for cell in CODE)
         assert f"def {name}(" in cells and f"dr.{name}" in cells, name
         defined = next(k for k, cell in enumerate(CODE) if f"def {name}(" in cell.source)
-        assert any("assert" in cell.source and f"dr.{name}" in cell.source for cell in CODE[defined : defined + 2]), name
+        here = CODE[defined : defined + 2]
+        assert any("assert" in cell.source and f"dr.{name}" in cell.source for cell in here), name
 
 
 def test_the_saved_output_is_of_one_run_of_this_code():
@@ -3507,7 +3508,10 @@ def test_every_picture_has_an_alternative_text_and_150_dpi():
 
 
 # For each exercise: answers that are right, and wrong ones
-MINE = "mine = [({}, {{'audio': 0.2, 'visual': 0.1}}, {{'audio': 0.5, 'visual': 0.3}}), ({}, {{'audio': 0.4, 'visual': 0.1}}, {{'audio': {}, 'visual': 0.3}})]"
+MINE = """mine = [
+    ({}, {{'audio': 0.2, 'visual': 0.1}}, {{'audio': 0.5, 'visual': 0.3}}),
+    ({}, {{'audio': 0.4, 'visual': 0.1}}, {{'audio': {}, 'visual': 0.3}}),
+]"""
 BY_DEPTH = """
 @torch.no_grad()
 def soft_reinit_by_depth(module, init_state, strength):
@@ -3520,13 +3524,15 @@ EXERCISES = {
     2: (
         ["pure = lambda n: dr.purity(x_train['visual'], y_train, n, 3)\n"
          "purity_2, clusters_2 = 1, next(k for k in (2**k for k in range(10)) if pure(k) >= 1.25 * pure(C))"],
-        ["purity_2 = 1 / 50", "purity_2, clusters_2 = 1, 256", "purity_2, clusters_2 = 1, 100", "purity_2, clusters_2 = 1, 1"],
+        ["purity_2, clusters_2 = 1 / 50, 64", "purity_2, clusters_2 = 1, 256", "purity_2, clusters_2 = 1, 100",
+         "purity_2, clusters_2 = 1, 1", "purity_2, clusters_2 = 1, None"],
     ),
     3: (["predicted_3 = 'grows'"], ["predicted_3 = 'shrinks'", "predicted_3 = 'stays'", "predicted_3 = 'perhaps'"]),
     4: (["lam_4 = np.arctanh(0.5) / 0.1", "lam_4 = 5.5"], ["lam_4 = 5", "lam_4 = 6", "lam_4 = 0.5"]),
     5: (
         ["part_left = lambda a: np.prod([1 - x for x in a])"],
-        ["part_left = lambda a: 1 - sum(a) / len(a)", "part_left = lambda a: np.prod(a)", "part_left = lambda a: 1 - a[0]"],
+        ["part_left = lambda a: 1 - sum(a) / len(a)", "part_left = lambda a: np.prod(a)",
+         "part_left = lambda a: 1 - a[0]", "part_left = lambda a: None"],
     ),
     6: (["predicted_6 = 'chance'"], ["predicted_6 = 'half'", "predicted_6 = 'before'", "predicted_6 = 17"]),
     7: (
@@ -3538,7 +3544,8 @@ EXERCISES = {
         ["due = lambda v, p: len(v) > p and max(v[-p:]) <= max(v[:-p])",
          "due = lambda v, p: np.bool_(len(v) > p and max(v[-p:]) <= max(v[:-p]))"],
         ["due = lambda v, p: len(v) > p and max(v[-p:]) < max(v[:-p])", "due = lambda v, p: v[-1] <= v[-2]",
-         "due = lambda v, p: len(v) > 2 and max(v[-2:]) <= max(v[:-2])", "due = lambda v, p: len(v) > p and v[-1] <= v[-1 - p]",
+         "due = lambda v, p: len(v) > 2 and max(v[-2:]) <= max(v[:-2])",
+         "due = lambda v, p: len(v) > p and v[-1] <= v[-1 - p]", "due = lambda v, p: None",
          "due = lambda v, p: len(v) > p and v[-1] <= max(v[:-p])", "due = lambda v, p: max(v[-p:]) <= max(v)"],
     ),
     9: (
@@ -3559,8 +3566,8 @@ def test_an_exercises_check_tells_right_from_wrong(number, capsys, monkeypatch):
     rng, y = np.random.default_rng(0), np.arange(300) % 6
     x = {m: (rng.normal(size=(300, 8)) + np.eye(8)[y]).astype(np.float32) for m in ("audio", "visual")}
     scope = {"np": np, "torch": torch, "dr": dr, "copy": copy, "x_train": x, "y_train": y, "C": 6, "TOLERANCE": 1e-6}
-    scope |= {"model": Untrained(), "plain": {"both": {5: {"weights": {}}}}, "BOTH": "both", "H": 5, "initial": {}, "gaps": {}}
-    scope["dataset"] = SimpleNamespace(val=None)
+    scope |= {"model": Untrained(), "plain": {"both": {5: {"weights": {}}}}, "BOTH": "both", "H": 5}
+    scope |= {"initial": {}, "gaps": {}, "dataset": SimpleNamespace(val=None)}
     scope["expected"] = {
         5: {"audio": {"gap": 0.2, "strength": 0.5}, "visual": {"gap": 0.1, "strength": 0.3}},
         10: {"audio": {"gap": 0.4, "strength": 0.8}, "visual": {"gap": 0.1, "strength": 0.3}},
