@@ -459,26 +459,17 @@ def test_the_four_functions_run_when_pasted_under_the_import_lines():
 
 
 def test_the_readmes_own_loop_runs():
-    code = re.search(r"```python\n(.*?own loop.*?)```", (HERE / "README.md").read_text(), re.S)[1]
-    torch.manual_seed(0)
-    x = {"audio": torch.randn(40, 6), "visual": torch.randn(40, 5)}
-    y = torch.arange(40) % 4
-    loader = [({m: v[i : i + 8] for m, v in x.items()}, y[i : i + 8]) for i in range(0, 40, 8)]
-    encoders = torch.nn.ModuleDict({m: torch.nn.Linear(v.shape[1], 8) for m, v in x.items()})
-    head = torch.nn.Linear(16, 4)
-    optimiser = torch.optim.SGD([*encoders.parameters(), *head.parameters()], 0.1)
+    (code,) = re.findall(r"```python\n(import torch\n.*?)```", (HERE / "README.md").read_text(), re.S)
     told = []
-
-    def train_one_epoch():
-        for inputs, labels in loader:
-            loss = F.cross_entropy(head(torch.cat([encoders[m](inputs[m]) for m in x], 1)), labels)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-
-    exec(code, {"encoders": encoders, "train_loader": loader, "val_loader": loader[:2], "epochs": 21, "n_classes": 4,
-                "train_one_epoch": train_one_epoch, "print": lambda *words: told.append(words)})  # fmt: skip
-    assert [words[1] for words in told] == ["audio", "visual"]  # diagnosed once, after epoch 20
+    scope = {"print": told.append}
+    exec(code.replace("range(16)", "range(7)"), scope)
+    assert len(told) == 2 and all(line.startswith("epoch 5") for line in told)  # two modalities, diagnosed once
+    for m, encoder in scope["encoders"].items():
+        p_train, p_val, gap = dr.purity_gap(*scope["features"](m, scope["train"]), *scope["features"](m, scope["val"]), 10)
+        assert encoder.training and gap == abs(p_train - p_val) and 0.3 < p_train < 1
+    state = torch.get_rng_state()
+    scope["features"]("upper", scope["val"])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # --- 5  training ----------------------------------------------------------------------------------
@@ -977,29 +968,10 @@ def test_an_ablation_is_dr_until_it_first_relearns(method, run, prepared, tmp_pa
     assert (other[3]["loss"] == history[3]["loss"]) == (method == "dr-statistics")
 
 
-OWN_METHOD = """
-import torch.nn.functional as F
-
-import dr
-
-
-def focal(model, inputs, labels, t, gamma=2.0):
-    \"\"\"Joint training with the focal loss.\"\"\"
-    logits = model(inputs)
-    p = logits.softmax(1).gather(1, labels[:, None])[:, 0]
-    loss = (-((1 - p) ** gamma) * p.log()).mean()
-    loss.backward()
-    return loss, logits
-
-
-dr.METHODS["focal"] = focal
-dr.main()
-"""
-
-
 def test_a_method_of_ones_own_from_ones_own_file(prepared, tmp_path):
     script = tmp_path / "mine.py"
-    script.write_text(OWN_METHOD)
+    (code,) = re.findall(r"```python\n(import dr\n.*?)```", (HERE / "README.md").read_text(), re.S)
+    script.write_text(code)
     words = sweep_words(prepared, tmp_path, "--name", "t", "--sweep", "method=joint,focal", "modalities=audio,", jobs=2)
     done = command(script, *words, env={**os.environ, "PYTHONPATH": str(HERE)})
     assert done.returncode == 0, done.stderr
