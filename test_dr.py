@@ -2123,7 +2123,7 @@ def test_a_wrong_row_of_your_own_data_is_named_by_its_line(line, column, value, 
     ("-x y.csv", "label\n", "cannot be called"), ("gone.csv", None, "No such file"), ("empty.csv", "", "cannot be understood.*No columns"),
     ("semicolons.csv", "label;scan\na;0.png\n", "with commas between them"), ("binary.csv", b"\xff\xfe\x00label", "cannot be understood"),
     ("nul.csv", "label,scan\n" + "a,\0.png\nb,\0.png\n" * 9, "have their files there|cannot be understood|empty cell"), ("one.csv", "label,scan\n" + "a,0.png\n" * 9, "nothing to tell apart"),
-    ("two.csv", "label,scan\na,0.png\nb,1.png\n", "no clip is in the val split.*too few clips"), ("gone.csv", "label,scan\n" + "a,gone.png\nb,gone.png\n" * 9, "0 have their files.*gone.png is missing"),
+    ("two.csv", "label,scan\na,0.png\nb,1.png\n", "no clip is in the val split.*too few clips"), ("gone.csv", "label,scan\n" + "".join(f"{'ab'[k % 2]},{k}gone.png\n" for k in range(18)), "0 have their files.*gone.png is missing"),
 ])  # fmt: skip
 def test_a_table_that_is_none_gets_one_clear_line(name, content, says, tmp_path):
     if content is not None:
