@@ -2370,12 +2370,248 @@ def test_sound_is_mixed_to_mono_and_resampled(tmp_path):
     np.testing.assert_allclose(found[1000:30000], expected[1000:30000], atol=0.05 * expected.std())
 
 
+def write_sound(path, codec, rate=44100, layout="mono", seconds=10, quiet=0, **options):
+    """Noise, after some seconds of silence."""
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate, layout=layout)
+        noise = np.random.default_rng(0).normal(0, 0.1, (1 if layout == "mono" else 2, int(rate * seconds)))
+        noise[:, : int(rate * quiet)] = 0
+        form = next(f for f in stream.codec_context.codec.audio_formats if f.name.startswith(("s16", "flt")))
+        noise = np.float32(noise) if "flt" in form.name else np.int16(32767 * noise)
+        if not form.is_planar:
+            noise = np.ascontiguousarray(noise.T.reshape(1, -1))
+        frame = av.AudioFrame.from_ndarray(noise, form.name, layout)
+        frame.sample_rate = rate
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+SOUNDS = {
+    "a.wav": {"codec": "pcm_s16le"}, "a.mp3": {"codec": "libmp3lame"}, "a.flac": {"codec": "flac"},
+    "fast.m4a": {"codec": "aac", "movflags": "faststart"}, "late.mp3": {"codec": "libmp3lame", "quiet": 5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_a_sound_of_which_a_part_is_there_is_truncated(name, tmp_path):
+    content = write_sound(tmp_path / name, **SOUNDS[name]).read_bytes()
+    assert len(data.read_sound(tmp_path / name)) == pytest.approx(160000, abs=1000)
+    for share in 0.05, 0.5, 0.8:
+        (tmp_path / name).write_bytes(content[: int(share * len(content))])
+        with pytest.raises(data.BadClip, match=r"truncated, .* of 10\.. s are there"):
+            data.read_sound(tmp_path / name)
+
+
+def test_what_tells_no_length_or_a_wrong_guess_is_not_truncated(tmp_path):
+    write_sound(tmp_path / "guess.aac", "aac", quiet=5)  # FFmpeg takes silence's bit rate for all of it
+    write_sound(tmp_path / "guess.mp3", "libmp3lame", write_xing="0")
+    wave = write_sound(tmp_path / "a.wav", "pcm_s16le").read_bytes()
+    at = wave.index(b"data") + 4
+    for k, size in enumerate((0, 0xFFFFFFFF, 0x7FFFFFFF)):  # as what writes to a pipe leaves it
+        told = size.to_bytes(4, "little")
+        (tmp_path / f"{k}.wav").write_bytes(wave[:4] + told + wave[8:at] + told + wave[at + 4 :])
+    for path in tmp_path.iterdir():
+        assert len(data.read_sound(path)) == pytest.approx(160000, abs=1500), path
+
+
+def test_a_sound_whose_rate_and_channels_change_on_the_way_is_heard_to_its_end(tmp_path):
+    for name, rate, layout in ("a", 44100, "mono"), ("b", 32000, "stereo"), ("c", 22050, "mono"):
+        write_sound(tmp_path / f"{name}.mp3", "libmp3lame", rate, layout, seconds=2, write_xing="0", id3v2_version="0")
+    (tmp_path / "all.mp3").write_bytes(b"".join((tmp_path / f"{name}.mp3").read_bytes() for name in "abc"))
+    parts = np.concatenate([data.read_sound(tmp_path / f"{name}.mp3") for name in "abc"])
+    whole = data.read_sound(tmp_path / "all.mp3")
+    assert len(whole) == pytest.approx(len(parts), abs=2000)  # the encoder's delays are cut off once, not three times
+    for second in 0.5, 2.5, 4.5:
+        at = slice(int(16000 * second), int(16000 * (second + 1)))
+        assert whole[at].std() == pytest.approx(parts[at].std(), rel=0.05)
+
+
+def test_a_bad_packet_of_a_sound_is_passed_over(tmp_path):
+    content = bytearray(write_sound(tmp_path / "a.mp3", "libmp3lame", write_xing="0", seconds=4).read_bytes())
+    middle = content.index(b"\xff\xfb", len(content) // 2)
+    content[middle + 4 : middle + 150] = b"\xff" * 146
+    (tmp_path / "b.mp3").write_bytes(content)
+    assert len(data.read_sound(tmp_path / "b.mp3")) > 3.8 * 16000
+
+
+def test_of_an_hours_recording_only_the_beginning_is_decoded(tmp_path, monkeypatch):
+    seconds = 600
+    wave = np.memmap(tmp_path / "a.raw", np.int16, "w+", shape=(seconds * 8000,))
+    wave[:] = np.tile(np.random.default_rng(0).normal(0, 3000, 8000).astype(np.int16), seconds)
+    scipy.io.wavfile.write(tmp_path / "a.wav", 8000, wave)
+    heard = []
+    real = data.decode
+    monkeypatch.setattr(data, "decode", lambda *args: (heard.append(f.samples) or f for f in real(*args)))
+    found = data.read_fbank(tmp_path / "a.wav", data.fbank_spec(64, 3.0))
+    assert 60 <= sum(heard) / 8000 < 62
+    scipy.io.wavfile.write(tmp_path / "b.wav", 8000, wave[: 8000 * 60])
+    np.testing.assert_allclose(found, data.read_fbank(tmp_path / "b.wav", data.fbank_spec(64, 3.0)), atol=0.02)
+    heard.clear()
+    data.read_fbank(tmp_path / "a.wav", data.fbank_spec(64, 100.0))
+    assert 101 <= sum(heard) / 8000 < 103
+
+
+def test_channels_that_cancel_each_other_out_are_not_mixed(tmp_path):
+    noise = np.random.default_rng(0).normal(0, 3000, 16000).astype(np.int16)
+    scipy.io.wavfile.write(tmp_path / "a.wav", 16000, np.stack([noise, -noise], 1))
+    np.testing.assert_allclose(np.abs(data.read_sound(tmp_path / "a.wav")), np.abs(noise / np.float32(32768)), atol=1e-6)
+
+
+def test_a_silent_sound_is_said(clips, tmp_path):
+    folder, _, rows = clips
+    scipy.io.wavfile.write(folder / "nothing.wav", 16000, np.zeros(8000, np.int16))
+    scipy.io.wavfile.write(folder / "offset.wav", 16000, np.full(8000, 99, np.int16))
+    beginning = np.r_[np.zeros(4000), np.random.default_rng(0).normal(0, 999, 4000)]
+    scipy.io.wavfile.write(folder / "late.wav", 16000, beginning.astype(np.int16))
+    sounds = ["nothing.wav", "offset.wav", "late.wav", *(row[4] for row in rows[3:])]
+    table = write_csv(folder / "silence.csv", ["voice", "label"], [[x, row[-1]] for x, row in zip(sounds, rows)])
+    done = data_called(table, "--out", tmp_path, "--seconds", 1)
+    assert done.returncode == 0 and "the sound of 2 clips is silence: line " in done.stdout, done.stderr
+    found = data.silent_clips(data.load("silence", tmp_path))
+    assert sorted(found) == ["line 2", "line 3"]
+
+
+def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    babble(Path("2024-05-01T12:03:00.wav"), 0.5)
+    film(tmp_path / "a.mp4", **H264).rename("file:12:30.mp4")
+    assert len(data.read_sound(Path("2024-05-01T12:03:00.wav"))) == 8000
+    assert data.read_frames(Path("file:12:30.mp4"), data.frames_spec(1, 16)).shape == (1, 16, 16, 3)
+    assert data.prepare("demo", out="12:30", clips=30).name == "demo"
+
+
 @pytest.mark.parametrize("move", [(3, 2), (-4, 1)])
 def test_the_flow_of_a_texture_is_how_it_moves(move, tmp_path):
     flow = data.read_flow(film(tmp_path / "a.avi", "mpeg4", options={"qmax": "3"}, move=move), data.flow_spec(3, 48))
     assert flow.shape == (3, 48, 48, 2) and flow.dtype == np.uint8
     pixels = (flow[:, 12:36, 12:36].astype(float) - 128) * 20 / 127
     np.testing.assert_allclose(np.median(pixels, (1, 2)), [move] * 3, atol=0.25)
+
+
+def copy_packets(source, target, first):
+    """A film from packet number `first` on, as a cut without recoding leaves it."""
+    with av.open(str(source)) as whole, av.open(str(target), "w") as cut:
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        for k, packet in enumerate(whole.demux(whole.streams.video[0])):
+            if k >= first and packet.size:
+                packet.stream = stream
+                cut.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize("name, first", [("b_frames.mp4", 5), ("open_gop.mp4", 5), ("open_gop.mp4", 14)])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_of_a_film_cut_between_keyframes_what_is_shown_counts(name, first, suffix, tmp_path):
+    whole = film(tmp_path / name, **{**KINDS[name], "gop": 12}, frames=60)
+    cut = copy_packets(whole, tmp_path / f"cut.{suffix}", first)
+    with av.open(str(cut)) as movie:
+        assert len(list(movie.decode(video=0))) < 60 - first  # some cannot be decoded
+    for count in 1, 3, 11:
+        found = data.read_frames(cut, data.frames_spec(count, 48))
+        np.testing.assert_array_equal(found, frames_by_hand(cut, count, 48))
+
+
+def test_a_film_whose_last_packets_are_broken_is_as_long_as_it_shows_and_half_of_one_is_none(tmp_path):
+    content = film(tmp_path / "a.mkv", "mpeg4", frames=24, gop=1).read_bytes()
+    with av.open(str(tmp_path / "a.mkv")) as movie:
+        every = [frame.reformat(48, 48, "rgb24").to_ndarray() for frame in movie.decode(video=0)]
+    starts = [m.start() for m in re.finditer(b"\0\0\1\xb6", content)]  # of its 24 pictures
+    for broken, fits in (6, True), (18, False):
+        spoilt = bytearray(content)
+        for start in starts[-broken:]:
+            spoilt[start : start + 4] = b"\0\0\1\xb5"  # no picture
+        path = tmp_path / f"{broken}.mkv"
+        path.write_bytes(spoilt)
+        with contextlib.nullcontext() if fits else pytest.raises(data.BadClip, match="broken, .* of 24 frames"):
+            found = data.read_frames(path, data.frames_spec(3, 48))
+            np.testing.assert_array_equal(found, [every[int((i + 0.5) * (24 - broken) / 3)] for i in range(3)])
+
+
+def test_memory_does_not_grow_with_the_length_of_a_film(tmp_path):
+    path = film(tmp_path / "a.mkv", "mpeg4", frames=500)
+    alive = most = 0
+
+    class Counted:  # a packet, as long as it is held
+        def __init__(self, packet):
+            nonlocal alive, most
+            self.packet = packet
+            alive += 1
+            most = max(most, alive)
+
+        def __getattr__(self, name):
+            return getattr(self.packet, name)
+
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = data.packets_of
+        patch.setattr(data, "packets_of", lambda stream: map(Counted, real(stream)))
+        patch.setattr(data, "decode", lambda stream, packets: (f for p in packets for f in p.packet.decode()))
+        data.read_frames(path, data.frames_spec(2, 16))
+    assert 0 < most < 10
+
+
+def with_cover(content, first):
+    """An MP4 with a cover picture, red, before or behind its film, as iTunes and yt-dlp put it there."""
+    red = io.BytesIO()
+    Image.new("RGB", (64, 48), (255, 0, 0)).save(red, "JPEG")
+    box = lambda kind, content: (len(content) + 8).to_bytes(4, "big") + kind + content  # noqa: E731
+    handler = box(b"hdlr", bytes(8) + b"mdirappl" + bytes(9))
+    picture = box(b"covr", box(b"data", (13).to_bytes(4, "big") + bytes(4) + red.getvalue()))
+    cover = box(b"udta", box(b"meta", bytes(4) + handler + box(b"ilst", picture)))
+    start = content.index(b"moov") - 4
+    moov, rest = content[start + 8 :], content[:start]  # it is the last box
+    udta = moov.index(b"udta") - 4
+    header = int.from_bytes(moov[:4], "big")  # mvhd
+    tracks = moov[header:udta]
+    return rest + box(b"moov", moov[:header] + (cover + tracks if first else tracks + cover))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_cover_picture_is_not_taken_for_the_film(first, tmp_path):
+    path = film(tmp_path / "a.mp4", **H264)
+    path.with_stem("b").write_bytes(with_cover(path.read_bytes(), first))
+    with av.open(str(path.with_stem("b"))) as movie:
+        kinds = [stream.codec_context.name for stream in movie.streams.video]
+    assert kinds == (["mjpeg", "h264"] if first else ["h264", "mjpeg"])
+    found = data.read_frames(path.with_stem("b"), data.frames_spec(3, 32))
+    np.testing.assert_array_equal(found, frames_by_hand(path, 3, 32))
+
+
+@pytest.mark.parametrize("mode, suffix", [("RGBA", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "gif"), ("RGBA", "webp")])
+def test_a_drawing_on_a_transparent_ground_lies_on_white(mode, suffix, tmp_path):
+    drawing = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    drawing.paste((0, 0, 0, 255), (4, 4, 12, 12))
+    drawing.paste((0, 0, 0, 51), (0, 12, 16, 16))  # a fifth
+    palette = mode == "P" or suffix == "gif"  # it knows no fifths
+    if palette:
+        drawing.paste((0, 0, 0, 0), (0, 12, 16, 16))
+    more = {"lossless": True} if suffix == "webp" else {}
+    drawing.convert(mode).save(tmp_path / f"a.{suffix}", **more)
+    found = data.read_frames(tmp_path / f"a.{suffix}", data.frames_spec(1, 16))[0]
+    expected = np.full((16, 16, 3), 255)
+    expected[4:12, 4:12] = 0
+    expected[12:] = 255 if palette else 204
+    np.testing.assert_allclose(found, expected, atol=1)
+
+
+@pytest.mark.parametrize("codec, pixels", [("qtrle", "argb"), ("png", "rgba"), ("ffv1", "yuva420p")])
+def test_a_film_on_a_transparent_ground_lies_on_white(codec, pixels, tmp_path):
+    with av.open(str(tmp_path / "a.mov" if codec != "ffv1" else tmp_path / "a.mkv"), "w") as movie:
+        stream = movie.add_stream(codec, 10, width=64, height=48, pix_fmt=pixels)
+        for k in range(6):
+            picture = np.zeros((48, 64, 4), np.uint8)
+            picture[8:32, 4 * k : 4 * k + 20, 3] = 255  # opaque black
+            movie.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgba").reformat(format=pixels)))
+        movie.mux(stream.encode())
+        name = movie.name
+    found = data.read_frames(Path(name), {**data.frames_spec(1, 0), "size": 48})[0]  # frame 3, 64 pixels wide, squeezed
+    assert (found[:6] > 250).all() and (found[34:] > 250).all() and (found[10:30, 12:22] < 5).all()
+    grey = next(iter(data.pick_frames(Path(name), data.frames_spec(1, 48))))
+    assert data.convert(grey, None, None, "gray")[0, 0] > 230
 
 
 def turn(path):
