@@ -709,7 +709,7 @@ def mosi(raw, folder, recorded):
                 spec = {"kind": "sequence", "shape": list(x.shape[1:]), "dtype": "float32"}
                 if specs.setdefault(m, spec) != spec or len(x) != len(part["text"]):
                     raise ValueError(f"in {split}, {m} has the shape {x.shape}")
-                bad[m] = present.any(1) & ~np.isfinite(x).any((1, 2))  # (N,)
+                bad[m] = present.any(1) & ~(np.isfinite(x) & present[..., None]).any((1, 2))
             score = np.float32(part.get("regression_labels", part.get("labels"))).reshape(len(x), -1)[:, 0]
             bad["score"] = ~np.isfinite(score)
             labels[split] = np.where(np.any(list(bad.values()), axis=0), SKIPPED, score >= 0)

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import copy
 import csv
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from dataclasses import asdict, fields
 from functools import partial
@@ -2013,6 +2015,34 @@ def test_ucf101s_flow_in_both_layouts_is_never_mixed(u, v, tmp_path):
     assert [len(axis) for axis in data.flow_pictures(clips[1].files["flow"])] == [1, 1]
 
 
+def test_links_in_circles_are_gone_through_once(tmp_path):
+    names = [f"v_Archery_g{g:02d}_c01.avi" for g in range(1, 26)]
+    touch(tmp_path, *(f"UCF-101/Archery/{n}" for n in names), ".trash/v_YoYo_g01_c01.avi", "u/x/v_YoYo_g01_c01/a.jpg")
+    for link in "latest", "current":
+        (tmp_path / link).symlink_to(".")
+    (tmp_path / "UCF-101/Archery/up").symlink_to("../..")
+    (tmp_path / "elsewhere").symlink_to("UCF-101")  # no circle: both are there
+    found = data.find_files(tmp_path, ".avi")
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in found) == sorted(
+        f"{folder}/Archery/{n}" for folder in ("UCF-101", "elsewhere") for n in names
+    )
+    shutil.rmtree(tmp_path / "u")
+    assert len(data.ucf101(tmp_path)[0]) == 25
+
+
+@pytest.mark.parametrize("gone, max_bad, starts", [(4, 5, True), (5, 5, False), (5, 6, True), (30, 40, True), (1, 0, False)])
+def test_more_missing_files_than_max_bad_allows_end_it_at_once(gone, max_bad, starts, crema, tmp_path, monkeypatch):
+    for path in crema.glob("*/*"):
+        link(path, tmp_path / "raw" / path.relative_to(crema))
+    for path in sorted(tmp_path.glob("raw/VideoFlash/*"))[:gone]:  # of 90
+        path.unlink()
+    monkeypatch.setattr(data, "make_arrays", stop)
+    says = KeyboardInterrupt if starts else data.DataError
+    with pytest.raises(says, match=None if starts else f"is missing.*--max-bad is {max_bad} per cent: nothing was prepared"):
+        data.prepare("cremad", tmp_path / "raw", tmp_path / "out", max_bad=max_bad)
+    assert starts or not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["cremad", "kinetics", "ucf101"])
 def test_an_empty_folder_gets_one_clear_line(name, tmp_path):
     done = data_called(name, "--raw", tmp_path, "--out", tmp_path / "out")
@@ -2212,6 +2242,129 @@ def test_a_step_that_becomes_zeros_is_stored_as_one_that_is_there(values):
     assert (torch.from_numpy(z).bfloat16() == 0).all(-1).tolist() == (~present).tolist()
 
 
+def test_features_without_a_finite_number_are_bad_clips(tmp_path, recwarn):
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(4, 3)) for _ in range(40)]
+    arrays[3][:] = np.nan
+    arrays[7][:] = -np.inf
+    arrays[8][:, 1] = np.nan  # one feature of three is missing: it becomes the mean
+    done = data_called(write_features(tmp_path / "in", arrays), "--out", tmp_path, "--max-bad", 10)
+    assert done.returncode == 0 and "2 skipped" in done.stdout, done.stderr
+    skipped = json.loads((tmp_path / "t/manifest.json").read_text())["skipped"]
+    assert sorted(says for *_, says in skipped) == ["3.npy: no finite number", "7.npy: no finite number"]
+    done = data_called(write_features(tmp_path / "none", [np.full((4, 3), np.nan)] * 40), "--out", tmp_path / "out")
+    assert_one_line(done, "no finite number")
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_features_are_scaled_whatever_their_unit_but_for_constants(dtype, tmp_path):
+    rng = np.random.default_rng(0)
+    units = [1, 1e-9, 1e6, 0, 0, 1e-3]
+    around = [0, 0, 0, 7, 1 / 3, 1]
+    arrays = [(np.array(around) + rng.normal(size=(5, 6)) * units).astype(dtype) for _ in range(40)]
+    data.prepare("t", write_features(tmp_path / "in", arrays), tmp_path)
+    train = data.load("t", tmp_path).train
+    x = train.arrays["x"][train.rows].reshape(-1, 6)
+    np.testing.assert_allclose(x.std(0)[[0, 1, 2, 5]], 1, rtol=1e-3)
+    np.testing.assert_allclose(x[:, 3:5], 0, atol=1e-6)
+
+
+def test_statistics_are_numpys_and_one_array_is_in_memory_at_a_time():
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(300, 5, (n, 4)) for n in (1, 7, 20, 3)]
+    arrays[1][2, 1] = np.nan
+    arrays[2][:, 3] = np.inf
+    held = []
+
+    def read(k):
+        held.append(weakref.ref(array := arrays[k].copy().view(Held)))
+        assert sum(ref() is not None for ref in held) <= 2  # this one, and at most the last
+        return array
+
+    mean, std = data.statistics(range(4), read)
+    whole = np.concatenate(arrays)
+    whole[~np.isfinite(whole)] = np.nan
+    np.testing.assert_allclose(mean, np.nanmean(whole, 0), rtol=1e-13)
+    np.testing.assert_allclose(std, np.nanstd(whole, 0), rtol=1e-13)
+    assert len(held) == 8
+
+
+class Held(np.ndarray):
+    """Can be weakly referenced."""
+
+
+@pytest.mark.parametrize("x, says", [(np.ones((5, 3, 1)), r"0.npy: float64 of shape \(5, 3, 1\)"),
+                                     (np.array([1, None]), "0.npy: .*Python objects"), (np.ones((0, 3)), r"shape \(0, 3\)")])  # fmt: skip
+def test_what_is_no_sequence_is_named_with_what_is_wrong(x, says, tmp_path):
+    done = data_called(write_features(tmp_path / "in", [x] * 20), "--out", tmp_path / "out")
+    assert_one_line(done, "column x")
+    assert re.search(says, done.stderr) and not (tmp_path / "out").exists()
+
+
+def test_equal_files_are_kept_together_and_what_is_in_several_splits_is_said(tmp_path, capsys):
+    table = write_features(tmp_path / "in", np.arange(40)[:, None, None] * np.ones((40, 4, 3)))
+    once = [[f"{k}.npy", "ab"[k % 2]] for k in range(40)]
+    often = write_csv(tmp_path / "in/often.csv", ["x", "label"], [*once, *(row for row in once if row[1] == "a"), *once[:9]])
+    drawn = data.own_data(often)[0]
+    splits = [{c.split for c in drawn if c.files["x"].name == f"{k}.npy"} for k in range(40)]
+    assert all(len(found) == 1 for found in splits) and len(drawn) == 69 and capsys.readouterr().err == ""
+    assert parts(data.own_data(table)[0], lambda c: c.id)["test"]  # as before, where every row has its own
+    (tmp_path / "in/link.npy").symlink_to("0.npy")
+    rows = [[name, label, ("train", "val", "test")[k % 3]] for k, (name, label) in enumerate(once)]
+    rows += [["link.npy", "a", "test"], ["./1.npy", "b", "train"], ["3.npy", "b", "train"]]
+    done = data_called(write_csv(tmp_path / "in/several.csv", ["x", "label", "split"], rows), "--out", tmp_path)
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 1
+    assert re.search(r"warning: 2 files are in several splits, as .*/[01].npy in (test and train|train and val)$", done.stderr)
+
+
+def grouped(folder, people, splits):
+    """Six clips per person, a's and b's, all of the split that is named, or to be drawn."""
+    more = [[f"p{k // 6}" for k in range(6 * people)]]
+    if splits:
+        more.append([splits[k // 6] for k in range(6 * people)])
+    header = ["group", "split"][: len(more)]
+    return write_features(folder, np.ones((6 * people, 2, 3)) * np.arange(6 * people)[:, None, None], header, more)
+
+
+@pytest.mark.parametrize("people, splits, counts", [
+    (5, ["train"] * 4 + ["test"], [3, 1, 1]), (4, ["train"] * 3 + ["test"], [2, 1, 1]), (4, None, [2, 1, 1]), (3, None, [1, 1, 1]),
+    (30, None, [24, 3, 3])])  # fmt: skip
+def test_few_groups_give_one_each(people, splits, counts, tmp_path):
+    found = parts(data.own_data(grouped(tmp_path, people, splits))[0], lambda c: c.group)
+    assert [len(groups) for groups in found.values()] == counts and len(set.union(*found.values())) == people
+
+
+@pytest.mark.parametrize("people, splits", [(3, ["train", "train", "test"]), (2, None)])
+def test_too_few_groups_are_said(people, splits, tmp_path):
+    done = data_called(grouped(tmp_path / "in", people, splits), "--out", tmp_path / "out")
+    assert_one_line(done, "no clip is in the val split", "groups", "three at least")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("encoding, first", [("cp1252", ""), ("utf-16", ""), ("utf-16-be", "\ufeff"), ("utf-8", "sep=,\r\n")])
+def test_a_table_as_excel_saves_it_is_to_be_saved_as_utf_8(encoding, first, clips, tmp_path):
+    folder, _, rows = clips
+    lines = ["scan,label", *(f"{row[3]},{'Ärger' if k % 2 else 'joy'}" for k, row in enumerate(rows))]
+    (folder / "excel.csv").write_bytes((first + "\r\n".join(lines)).encode(encoding))
+    done = data_called(folder / "excel.csv", "--out", tmp_path / "out")
+    assert_one_line(done, "save it as UTF-8")
+    (folder / "excel.csv").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert data.own_data(folder / "excel.csv")[1] == ["joy", "Ärger"]
+
+
+@pytest.mark.parametrize("name", ["my clips", "clips (1)", "a+b", "demo"])
+def test_a_table_of_any_name_can_be_given_one(name, tmp_path):
+    table = write_features(tmp_path / "in", np.arange(30)[:, None, None] * np.ones((30, 2, 3)))
+    table = table.rename(table.with_stem(name))
+    done = data_called(table, "--out", tmp_path)
+    assert_one_line(done, f"cannot be called {name!r}", "letters, digits, _, - and .", "--name")
+    done = data_called(table, "--out", tmp_path, "--name", "mine")
+    assert done.returncode == 0 and len(data.load("mine", tmp_path).train) == 24, done.stderr
+    done = data_called(table, "--out", tmp_path, "--name", "mine", "--show")
+    assert done.stdout.strip() == str(tmp_path / "mine/samples.png")
+
+
 # --- CMU-MOSI -------------------------------------------------------------------------------------
 
 
@@ -2272,6 +2425,25 @@ def test_mosi_is_not_overwritten_and_what_has_no_score_is_listed(tmp_path):
     mosi_pickle(tmp_path / "mosi.pkl", "mmsa", seed=1)
     done = data_called("mosi", "--raw", tmp_path / "mosi.pkl", "--out", tmp_path)
     assert done.returncode == 2 and "was made with other parameters (sha256" in done.stderr
+
+
+@pytest.mark.parametrize("layout", ["mmsa", "multibench"])
+def test_mosis_true_steps_are_no_padding_and_clips_of_nothing_are_skipped(layout, tmp_path, recwarn):
+    raw = mosi_pickle(tmp_path / "mosi.pkl", layout)
+    if layout == "mmsa":
+        raw["train"]["text"][:, 0] = 0  # their length is told
+    raw["train"]["vision"][3][raw["train"]["vision"][3] != 0] = np.nan
+    raw["test"]["audio"][4] = np.inf
+    (tmp_path / "mosi.pkl").write_bytes(pickle.dumps(raw))
+    done = data_called("mosi", "--raw", tmp_path / "mosi.pkl", "--out", tmp_path)
+    assert done.returncode == 0 and re.search(r"\(train\): no vision", done.stdout), done.stderr
+    assert re.search(r"\(test\): no audio", done.stdout) and "2 skipped" in done.stdout
+    train = data.load("mosi", tmp_path).train
+    assert len(train) == 39 and 3 not in train.rows
+    lengths = np.array(raw["train"]["audio_lengths"]) if layout == "mmsa" else np.full(40, 4)
+    for x in train.arrays.values():
+        assert ((x != 0).any(-1) == (np.arange(6) < lengths[:, None])).all()
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
 
 
 @pytest.mark.parametrize("rows, steps", [(slice(9), slice(None)), (slice(None), slice(5))])
@@ -3021,6 +3193,64 @@ def test_whatever_a_clip_does_it_is_one_more_bad_clip(error, crema, tmp_path, mo
     clip = data.Clip("a", 0, "train", {"visual": crema / "VideoFlash/1001_IEO_ANG_XX.flv"})
     reason = data.prepare_clip(tmp_path, {"visual": data.frames_spec(1, 16)}, clip, 0)
     assert type(error).__name__ in reason and "\n" not in reason
+
+
+def test_on_windows_no_more_than_61_processes_are_started(monkeypatch):
+    sizes = []
+
+    class Pool(data.ProcessPoolExecutor):
+        def __init__(self, size, **more):
+            sizes.append(size)
+            super().__init__(1, **more)
+
+    monkeypatch.setattr(data, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(data, "cpu_count", lambda: 64)
+    for platform in "linux", "win32":
+        monkeypatch.setattr(sys, "platform", platform)
+        assert list(data.in_parallel(abs, [(-1,), (-2,)])) == [1, 2]
+        assert list(data.in_parallel(abs, [(-1,)], 70)) == [1]
+        assert list(data.in_parallel(abs, [(-1,)], 2)) == [1]
+    assert sizes == [64, 70, 2, 61, 61, 2]
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_is_told_so_at_once(crema, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import multiprocessing, sys, data\nprint('once more', flush=True)\n"
+                      "multiprocessing.set_start_method('spawn', force=True)\n"
+                      "data.prepare('cremad', sys.argv[1], sys.argv[2], size=32, workers=1)\n")  # fmt: skip
+    done = command(script, crema, tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)}, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1  # its own
+    assert done.stderr.splitlines()[-1].startswith("data.DataError: no process could be started")
+    assert "if __name__ == '__main__':" in done.stderr and done.stdout.count("once more") == 2
+
+
+def take_all_memory(kind):
+    if kind == "NumPy":
+        np.ones(1 << 60, np.uint8)
+    elif kind == "PyTorch":
+        torch.ones(1 << 60, dtype=torch.uint8)
+    elif kind == "the system":
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+    elif kind == "CUDA":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+    raise RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB).\nTried to allocate 2.00 GB on private pool.")
+
+
+@pytest.mark.parametrize("kind", ["NumPy", "PyTorch", "the system", "CUDA", "MPS"])
+def test_want_of_memory_is_one_line_that_names_the_batch_size(kind, capsys):
+    with pytest.raises(SystemExit) as end, data.one_line_for_errors("dr.py"):
+        with data.explained("it is damaged: delete it"):
+            take_all_memory(kind)
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told.startswith("dr.py: out of memory") and len(told.splitlines()) == 1
+    assert "--batch-size" in told and "damaged" not in told
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape"), ValueError("odd"), KeyError("memory")])
+def test_what_the_user_cannot_mend_keeps_its_traceback(error):
+    with pytest.raises(type(error)), data.one_line_for_errors("dr.py"):
+        raise error
 
 
 def broken_files(folder):
