@@ -22,7 +22,7 @@ told by its modality's spec, a dict in the manifest: the kind, the shape of one 
 
 import argparse
 import csv
-import glob
+import errno
 import hashlib
 import inspect
 import io
@@ -44,8 +44,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
-from multiprocessing import parent_process
+from itertools import chain, groupby, islice
+from multiprocessing import current_process, parent_process
 from pathlib import Path
 
 import av
@@ -55,6 +55,7 @@ import scipy.io.wavfile
 import scipy.signal
 import torch
 import torch.nn.functional as F
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageOps
@@ -76,6 +77,12 @@ class BadClip(Exception):
     """One clip that cannot be used: it is skipped, counted, and listed in the manifest."""
 
 
+def is_out_of_memory(error):
+    """Whether it is what NumPy, the system, CUDA, MPS or PyTorch's own allocator say when there is no memory left."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, "errno", None) == errno.ENOMEM
+    return known or isinstance(error, RuntimeError) and bool(re.search("out of memory|allocate memory", str(error)))
+
+
 @contextmanager
 def explained(message, *let_through):
     """An error inside means what the message says, and is quoted after it, but for those that tell their own story."""
@@ -84,7 +91,13 @@ def explained(message, *let_through):
     except (DataError, PermissionError, *let_through):
         raise
     except Exception as error:  # what is not what it should be can be wrong in any way
-        raise DataError(f"{message} ({textwrap.shorten(f'{type(error).__name__}: {error}', 120)})") from error
+        if is_out_of_memory(error):
+            raise
+        raise DataError(f"{message} ({one_line(error)})") from error
+
+
+def one_line(error):
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 120)
 
 
 # --- 1  Prepare: raw folder -> clips -> files -> rows of arrays -> manifest ---
@@ -129,6 +142,8 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     made at full size first, and worker processes write the rows in place. Stopped at any moment, the same call
     resumes, with the same result. Raises DataError for all that the user can mend, among it more than `max_bad` per
     cent of clips that cannot be used."""
+    if hasattr(current_process(), "_inheriting"):  # a worker, which runs a script without a main guard once more
+        sys.exit(1)
     folder = Path(out) / name
     raw = Path(raw or folder / "raw")
     lister = choose_lister(name, raw)
@@ -146,7 +161,7 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     splits = {split: [] for split in SPLITS}
     for clip in clips:
         splits[clip.split].append(clip)
-    check_files(folder, raw, splits)
+    check_files(folder, raw, splits, max_bad)
     options = {"more": {}, **FIXED.get(name, {}), **options}
     specs = {m: make_spec(m, kind, clips, options) for m, kind in kinds.items()}
     ids = {split: [clip.id for clip in mine] for split, mine in splits.items()}
@@ -166,7 +181,8 @@ def choose_lister(name, raw):
     """The function that says which clips a dataset has; of your own data, which is a .csv, own_data."""
     own = raw.suffix.lower() == ".csv"
     if own == (name in DATASETS) or not re.fullmatch(r"\w[\w.-]*", name):
-        raise DataError(f"{raw} cannot be called {name!r}: a dataset is {', '.join(DATASETS)}, or another .csv")
+        raise DataError(f"{raw} cannot be called {name!r}: a dataset is {', '.join(DATASETS)}, or a .csv of another "
+                        "name, of letters, digits, _, - and . alone: choose one with --name")  # fmt: skip
     return own_data if own else DATASETS[name]
 
 
@@ -213,12 +229,14 @@ def is_prepared(folder, recorded):
     return (folder / "manifest.json").exists()
 
 
-def check_files(folder, raw, splits):
-    """Before any work: every split has clips, of which the files are there, and not as git-lfs stubs."""
+def check_files(folder, raw, splits, max_bad):
+    """Before any work: every split has clips, and enough of them have their files, which are not git-lfs stubs."""
     for split, clips in splits.items():
         if not clips:
             raise DataError(f"{raw}: no clip is in the {split} split: a list of the splits is missing, or there are "
-                            "too few clips, or groups of them, to draw from. Nothing was prepared")  # fmt: skip
+                            "too few clips, or groups of them, to draw from (three at least)")  # fmt: skip
+    total = sum(map(len, splits.values()))
+    lost = 0
     for split, clips in splits.items():
         missing = {}  # {clip: a file of it that is not there}
         for clip in clips:
@@ -226,11 +244,12 @@ def check_files(folder, raw, splits):
                 if not path.exists() or is_stub(path):
                     missing[clip.id] = path
         there = len(clips) - len(missing)
-        if there <= 0.1 * len(clips):
+        lost += len(missing)
+        if there <= 0.1 * len(clips) or lost > max_bad / 100 * total:
             source = how_to_get(folder.name) if folder.name in SOURCES else ""
             raise DataError(f"{raw}: of {len(clips):,} clips in the {split} split {there} have their files there, "
                             f"git-lfs stubs not counted; {next(iter(missing.values()))} is missing. Is a part of the "
-                            f"download? Nothing was prepared. {source}")  # fmt: skip
+                            f"download? --max-bad is {max_bad:g} per cent: nothing was prepared. {source}")  # fmt: skip
 
 
 def paths_of(file):
@@ -283,9 +302,7 @@ def prepare_clip(folder, specs, clip, row):
         try:
             arrays[m] = read_file(clip.files[m], spec)
         except Exception as error:  # whatever one clip does, the others are prepared
-            known = str(error) if isinstance(error, BadClip) else getattr(error, "strerror", None)
-            reason = known or f"{type(error).__name__}: {error}"
-            return f"{paths_of(clip.files[m])[0].name}: {' '.join(reason.split())}"
+            return reason(clip.files[m], error)
     for m, array in arrays.items():
         path = folder / clip.split / f"{m}.npy"
         offset = np.load(path, mmap_mode="r").offset
@@ -293,6 +310,13 @@ def prepare_clip(folder, specs, clip, row):
             file.seek(offset + row * array.nbytes)
             file.write(array.tobytes())
     return ""
+
+
+def reason(file, error):
+    """Why a file cannot be used, in a line."""
+    known = str(error) if isinstance(error, BadClip) else getattr(error, "strerror", None)
+    says = known or f"{type(error).__name__}: {error}"
+    return f"{paths_of(file)[0].name}: {' '.join(says.split())}"
 
 
 def read_file(file, spec):
@@ -323,9 +347,21 @@ def finish(folder, plan, labels, skipped):
 def find_files(raw, *suffixes):
     """All files below a folder that end so, in any case. They are sorted so that {path.stem: path} holds, of several
     with one name, the first by the alphabet: .flv before .mp4."""
-    names = glob.iglob("**", root_dir=raw, recursive=True)
-    paths = [Path(raw, name) for name in names if name.lower().endswith(suffixes)]
+    paths = [Path(path) for path in walk(raw) if path.lower().endswith(suffixes)]
     return sorted(paths, key=lambda path: (path.suffix.lower(), path), reverse=True)
+
+
+def walk(folder, above=()):
+    """Yield the paths of all that is below a folder, but hidden things; of links in a circle, none a second time."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            if not entry.name.startswith("."):
+                yield entry.path
+                if entry.is_dir():
+                    yield from walk(entry.path, (*above, real))
 
 
 def split_of(name):
@@ -341,14 +377,16 @@ def find_lists(folder, *suffixes):
 
 
 def draw_splits(clips, val=0.1, test=0.1):
-    """Move shares of the training clips to test and val, at random, every class in its share, and whole groups."""
+    """Move shares of the training clips to test and val, at random, every class in its share, and whole groups; of
+    three groups or more, one at least."""
     groups = {}  # {group: its clips}
     for clip in clips:
         if clip.split == "train":
             groups.setdefault(clip.group or clip.id, []).append(clip)
     total = len(groups)
     for split, share in ("test", test), ("val", val):
-        for group in shuffle_evenly(groups)[: round(share * total)]:
+        count = max(round(share * total), share > 0 and total > 2)
+        for group in shuffle_evenly(groups)[:count]:
             for clip in groups.pop(group):
                 clip.split = split
 
@@ -532,8 +570,9 @@ def find_flow(raw):
     or u/<clip>/*.jpg and v/<clip>/*.jpg, in which there may be folders of classes. Half of it is an error."""
     u = {}
     v = {}
-    for name in glob.iglob("**/v_*_g*_c*/", root_dir=raw, recursive=True):
-        folder = Path(raw, name)
+    for folder in map(Path, walk(raw)):
+        if not (UCF_ID.fullmatch(folder.name) and folder.is_dir()):
+            continue
         above = folder.parts[-3:-1]
         if "u" in above or any(folder.glob("flow_x*")):
             u[folder.name.lower()] = folder
@@ -570,19 +609,38 @@ def own_data(table, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.
     if len(classes) < 2:
         raise DataError(f"{table}: every clip has the label {classes[0]}: there is nothing to tell apart")
     clips = []
+    groups = {}  # {files: group}: a clip that is listed twice is in one split
     for row in rows.to_dict("records"):
         files = {m: table.parent / row[m] for m in types}
         split = split_of(row.get("split", "train"))
-        clips.append(Clip(row["id"], classes.index(row["label"]), split, files, row.get("group", "")))
+        group = groups.setdefault(tuple(map(os.path.realpath, files.values())), row.get("group", row["id"]))
+        clips.append(Clip(row["id"], classes.index(row["label"]), split, files, group))
     draw = complete_splits if "split" in rows else draw_splits
     draw(clips)
+    warn_of_shared_files(clips)
     kinds = {m: KINDS_OF_A_VIDEO.get(m, "frames") if t == "video" else KINDS[t] for m, t in types.items()}
     return clips, classes, kinds
 
 
+def warn_of_shared_files(clips):
+    """What was trained on is no test."""
+    splits = {}  # {file: the splits that it is in}
+    for clip in clips:
+        for path in clip.files.values():
+            splits.setdefault(os.path.realpath(path), set()).add(clip.split)
+    shared = [path for path, found in splits.items() if len(found) > 1]
+    if shared:
+        where = " and ".join(sorted(splits[shared[0]]))
+        print(f"warning: {len(shared):,} files are in several splits, as {shared[0]} in {where}", file=sys.stderr)
+
+
 def read_table(table):
     """The CSV's rows, each with an id, and {modality: type of its files}; a wrong row is named by its line."""
-    cells = pd.read_csv(table, header=None, dtype=str, keep_default_na=False, skip_blank_lines=False).map(str.strip)
+    text = table.read_bytes().decode("utf-8-sig", errors="replace")
+    if "\ufffd" in text or text.startswith("sep="):
+        raise DataError(f"{table} cannot be understood: save it as UTF-8, with commas, and without a line sep=")
+    cells = pd.read_csv(io.StringIO(text), header=None, dtype=str, keep_default_na=False, skip_blank_lines=False)
+    cells = cells.map(str.strip)
     rows = cells[1:].set_axis(cells.loc[0].tolist(), axis=1)
     rows.index += 1  # its line
     rows = rows[(rows != "").any(axis=1)]
@@ -638,6 +696,7 @@ def mosi(raw, folder, recorded):
     ids = {}
     skipped = []
     scale = {}  # {modality: mean and deviation over the training set}
+    bad = {}  # {modality: which of the clips have no finite number in it}
     with explained(f"{raw} is not CMU-MOSI as MMSA or MultiBench lay it out, but damaged, or a web page or a git-lfs "
                    "stub saved in its place: download it anew"):  # fmt: skip
         pickled = PlainUnpickler(io.BytesIO(raw.read_bytes()), encoding="latin1").load()
@@ -645,15 +704,18 @@ def mosi(raw, folder, recorded):
             for m in "text", "audio", "vision":
                 x = np.asarray(part[m], np.float32)  # (N, T, D)
                 present = is_present(x, m, part)  # (N, T)
-                scale.setdefault(m, statistics(x[present]))
+                scale.setdefault(m, statistics([x[present]]))
                 arrays[f"{split}/{m}"] = standardise(x, present, *scale[m])
                 spec = {"kind": "sequence", "shape": list(x.shape[1:]), "dtype": "float32"}
                 if specs.setdefault(m, spec) != spec or len(x) != len(part["text"]):
                     raise ValueError(f"in {split}, {m} has the shape {x.shape}")
+                bad[m] = present.any(1) & ~(np.isfinite(x) & present[..., None]).any((1, 2))
             score = np.float32(part.get("regression_labels", part.get("labels"))).reshape(len(x), -1)[:, 0]
-            labels[split] = np.where(np.isfinite(score), score >= 0, -1)
+            bad["score"] = ~np.isfinite(score)
+            labels[split] = np.where(np.any(list(bad.values()), axis=0), SKIPPED, score >= 0)
             ids[split] = [str(i) for i in np.reshape(part.get("id", range(len(x))), (len(x), -1))[:, 0]]
-            skipped += [[split, ids[split][row], "no score"] for row in np.flatnonzero(~np.isfinite(score))]
+            for what, rows in bad.items():
+                skipped += [[split, ids[split][row], f"no {what}"] for row in np.flatnonzero(rows)]
     plan = {"dataset": "mosi", "options": recorded, "classes": ["negative", "non-negative"]}
     with exclusive(folder, wait=True):
         if is_prepared(folder, recorded):  # by another process, meanwhile
@@ -724,14 +786,25 @@ def middles(length, count):
     return [int((i + 0.5) * length / count) for i in range(count)]
 
 
-def open_media(path):
+def open_media(path, mode="r", **more):
     """Open a file with FFmpeg; a title that is no Unicode does not make it a bad one."""
+    url = f"file:{path}"  # lest a name with a colon be taken for a protocol
+    if mode == "w":
+        return av.open(url, mode, **more)
     # FFmpeg would probe a .wav for coded sound in disguise: ten times as long as reading it
     options = {"probesize": "4096"} if path.suffix == ".wav" else {}
     try:
-        return av.open(str(path), options=options, metadata_errors="replace")
+        return av.open(url, options=options, metadata_errors="replace")
     except TypeError:  # from PyAV 19 on it does so by itself
-        return av.open(str(path), options=options)
+        return av.open(url, options=options)
+
+
+def decode(stream, packets):
+    """Yield what is shown or heard. Packets that cannot be decoded are passed over, as `ffmpeg -i` does."""
+    stream.codec_context.thread_count = 1  # it is the clips that are read in parallel
+    for packet in chain(packets, [None]):  # None: what is still in the decoder comes out
+        with suppress(av.error.InvalidDataError):
+            yield from stream.codec_context.decode(packet)
 
 
 def read_frames(path, spec):
@@ -747,51 +820,85 @@ def read_picture(path, size):
     with Image.open(path) as picture:
         if picture.mode[0] in "IF":  # 16 or 32 bits: converting would cut the values off at 255
             raise BadClip("more than 8 bits per pixel: save it with 8")
-        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB").resize((size, size)))
+        return np.asarray(over_white(ImageOps.exif_transpose(picture)).resize((size, size)))
+
+
+def over_white(picture):
+    """In RGB; what is transparent shows white paper, as viewers do."""
+    if "A" not in picture.mode and "transparency" not in picture.info:
+        return picture.convert("RGB")
+    paper = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(paper, picture.convert("RGBA")).convert("RGB")
 
 
 def convert(frame, width, height, form):
     """A decoded frame as an array, turned as its camera says. In one thread: for one picture, starting several takes
     ten times as long as that. The converter is a new one: PyAV 19 keeps one, and a forked process would wait for its
     parent's threads for ever."""
+    turns = round(frame.rotation / 90)
+    if any(component.is_alpha for component in frame.format.components):
+        pixels = VideoReformatter().reformat(frame, format="rgba", threads=1).to_ndarray()
+        frame = av.VideoFrame.from_image(over_white(Image.fromarray(pixels)))
     picture = VideoReformatter().reformat(frame, width, height, form, threads=1).to_ndarray()
-    return np.rot90(picture, round(frame.rotation / 90))  # counterclockwise
+    return np.rot90(picture, turns)  # counterclockwise
 
 
 def pick_frames(path, spec, pairs=False):
     """The decoded frames at the middles of count * keep equal parts of a video; in pairs, each with the next one.
-    All packets are read, which is cheap: the length is then known even where the container does not tell it."""
-    with open_media(path) as container:
-        if not container.streams.video:
-            raise BadClip("no picture")
-        stream = container.streams.video[0]
-        packets = [p for p in container.demux(stream) if p.size]
-        length = sum(not p.is_discard for p in packets)  # the edit list of an MP4 may hide some
-        if length <= pairs:
-            raise BadClip(f"{length} frames")
-        if len(packets) < 0.9 * stream.frames:
-            raise BadClip(f"truncated, {length} of {stream.frames} frames are there")
-        if not stream.frames and container.duration:  # Flash tells no number of frames, but how long it lasts
-            there = max(p.pts or 0 for p in packets) * stream.time_base
-            if 2 * there + 0.5 < container.duration / av.time_base:
-                raise BadClip(f"truncated after {float(there):.1f} s")
-        if "longest" in spec and stream.average_rate:
-            length = min(length, max(1, round(spec["longest"] * stream.average_rate)))
+    Where the film ends before the last of them, as many frames as it shows are its length."""
+    shown = expected = count_packets(path, spec)
+    wanted = [shown]
+    while shown <= wanted[-1]:
+        length = shown
+        if length <= pairs or 2 * length < expected:
+            raise BadClip(f"broken, {length} of {expected} frames can be decoded")
         wanted = middles(length, spec["count"] * spec["keep"])
         if pairs:
             wanted = [min(i, length - 2) + step for i in wanted for step in (0, 1)]
-        frames = decode(stream.codec_context, packets, wanted)
-    for i in wanted:
-        if i not in frames:
-            raise BadClip(f"broken, frame {i} of {length} cannot be decoded")
+        frames = {}
+        shown = 0
+        with open_media(path) as container:
+            stream = films_in(container)[0]
+            for frame in islice(decode(stream, packets_of(stream)), wanted[-1] + 1):
+                if shown in wanted:
+                    frames[shown] = frame
+                shown += 1
     return [frames[i] for i in wanted]
 
 
-def decode(codec, packets, wanted):
-    """{i: frame} for the frames `wanted`, counted in the order in which they are shown."""
-    codec.thread_count = 1  # it is the clips that are read in parallel
-    shown = chain.from_iterable(map(codec.decode, [*packets, None]))  # None: what is still in the decoder comes out
-    return {i: frame for i, frame in enumerate(islice(shown, max(wanted) + 1)) if i in wanted}
+def films_in(container):
+    """Its streams of pictures, but for covers."""
+    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+
+
+def packets_of(stream):
+    return (packet for packet in stream.container.demux(stream) if packet.size)
+
+
+def count_packets(path, spec):
+    """How many frames a video shows, or its `longest` seconds do, where the container may not tell it."""
+    packets = length = last = 0
+    key = None  # the first one
+    with open_media(path) as container:
+        if not films_in(container):
+            raise BadClip("no picture")
+        stream = films_in(container)[0]
+        for packet in packets_of(stream):
+            packets += 1
+            if key is None and packet.is_keyframe:
+                key = packet
+            lost = key is None or None not in (packet.pts, key.pts) and packet.pts < key.pts  # what it needs was cut off
+            length += not (lost or packet.is_discard)  # the edit list of an MP4 may hide some
+            last = max(last, packet.pts or 0)
+        if packets < 0.9 * stream.frames:
+            raise BadClip(f"truncated, {length} of {stream.frames} frames are there")
+        if not stream.frames and container.duration:  # Flash tells no number of frames, but how long it lasts
+            there = float(last * stream.time_base)
+            if 2 * there + 0.5 < container.duration / av.time_base:
+                raise BadClip(f"truncated after {there:.1f} s")
+        if "longest" in spec and stream.average_rate:
+            length = min(length, max(1, round(spec["longest"] * stream.average_rate)))
+    return length
 
 
 def read_flow(source, spec):
@@ -834,30 +941,69 @@ def flow_by_dis(path, spec):
         yield from map(Image.fromarray, np.uint8(np.clip(move, 0, 255).round()).transpose(2, 0, 1))
 
 
-def read_sound(path, rate=16000):
-    """A file's sound as mono float32 in [-1, 1] at `rate` samples a second: (samples,)."""
+def read_sound(path, rate=16000, longest=math.inf):
+    """A file's sound, or some more than its first `longest` seconds, as mono float32 in [-1, 1] at `rate` samples a
+    second: (samples,)."""
+    frames = []
+    seconds = 0.0
     with open_media(path) as container:
         if not container.streams.audio:
             raise BadClip("no sound")
-        frames = list(container.decode(audio=0))
-    if not frames:
+        stream = container.streams.audio[0]
+        for frame in decode(stream, packets_of(stream)):
+            frames.append(frame)
+            seconds += frame.samples / frame.sample_rate
+            if seconds > longest:
+                break
+        told = length_told(path, container, stream)
+    sound = [mono(part) for part in resample(frames, rate)]
+    if sum(map(len, sound)) < 400:  # less than one window of 25 ms
         raise BadClip("no sound")
-    graph = av.filter.Graph()  # what PyAV's AudioResampler does, which starts threads, and waits for them, per file
-    graph.threads = 1
-    first = frames[0]
-    source = graph.add_abuffer(None, first.sample_rate, first.format, first.layout, time_base=first.time_base)
-    resampler = graph.add("aformat", f"sample_fmts=flt:sample_rates={rate}")
-    graph.link_nodes(source, resampler, graph.add("abuffersink")).configure()
-    for frame in [*frames, None]:  # None: no more will come
-        graph.push(frame)
-    parts = []  # (samples, channels)
-    with suppress(EOFError):
-        while True:
-            part = graph.pull()
-            parts.append(part.to_ndarray().reshape(part.samples, -1))
-    if sum(map(len, parts)) < 400:  # less than one window of 25 ms
-        raise BadClip("no sound")
-    return np.concatenate(parts).mean(1)
+    if seconds < min(0.9 * told, longest):
+        raise BadClip(f"truncated, {seconds:.1f} of {told:.1f} s are there")
+    return np.concatenate(sound)
+
+
+def length_told(path, container, stream):
+    """The seconds that a file says its sound has, 0 if it does not; what was cut off counts."""
+    told = float((stream.duration or 0) * stream.time_base)
+    with open(path, "rb") as file:
+        riff, size = file.read(4), int.from_bytes(file.read(4), "little")
+    if riff == b"RIFF" and size < 0x7FFFF000:  # a WAV that was made in a stream tells no size, or the largest
+        return told * (size + 8) / path.stat().st_size
+    rate = stream.codec_context.bit_rate
+    reckoned = 8 * container.size / rate if rate else 0  # what FFmpeg makes of the size where nothing is told
+    if films_in(container) and not stream.frames or abs(told - reckoned) < 0.05 * told:
+        return 0
+    return told
+
+
+def resample(frames, rate):
+    """Yield (samples, channels) float32; more than once where the format changes on the way."""
+    for _, same in groupby(frames, lambda frame: (frame.sample_rate, frame.format.name, frame.layout.name)):
+        same = list(same)
+        graph = av.filter.Graph()  # what PyAV's AudioResampler does, which starts threads, and waits for them, per file
+        graph.threads = 1
+        first = same[0]
+        source = graph.add_abuffer(None, first.sample_rate, first.format, first.layout, time_base=first.time_base)
+        resampler = graph.add("aformat", f"sample_fmts=flt:sample_rates={rate}")
+        graph.link_nodes(source, resampler, graph.add("abuffersink")).configure()
+        for frame in [*same, None]:  # None: no more will come
+            graph.push(frame)
+        parts = []
+        with suppress(EOFError):
+            while True:
+                part = graph.pull()
+                parts.append(part.to_ndarray().reshape(part.samples, -1))
+        if parts:
+            yield np.concatenate(parts)
+
+
+def mono(sound):
+    """(samples, channels) -> (samples,), their mean; where the channels cancel each other out, the loudest."""
+    mix = sound.mean(1)
+    loudness = sound.var(0)
+    return mix if mix.var() >= 0.01 * loudness.mean() else sound[:, loudness.argmax()]
 
 
 def fbank(sound, spec, rate=16000):
@@ -873,7 +1019,8 @@ def fbank(sound, spec, rate=16000):
 
 
 def read_fbank(path, spec):
-    return fbank(read_sound(path), spec)
+    seconds = spec["shape"][-1] * spec["shift"] / 1000
+    return fbank(read_sound(path, longest=max(60, seconds + 1)), spec)  # so the mean is one of a minute at most
 
 
 def open_features(path):
@@ -890,33 +1037,45 @@ def read_features(path, spec):
     padded = np.zeros(spec["shape"], np.float32)
     if x.shape[1] != padded.shape[1]:
         raise BadClip(f"{x.shape[1]} features, where the others have {padded.shape[1]}")
+    if not np.isfinite(x).any():
+        raise BadClip("no finite number")
     padded[: len(x)] = standardise(x, np.ones(len(x), bool), spec["mean"], spec["std"])
     return padded
 
 
 def sequence_spec(m, clips):
     """The longest length and the width of a modality's .npy files, and the training set's statistics."""
-    arrays = []
+    shapes = {}  # {path: (T, D)}
+    problem = ""
     for clip in clips:
-        with suppress(Exception):  # a broken file is skipped, with its reason, when it is prepared
-            arrays.append((clip.split, np.array(open_features(clip.files[m]))))
-    train = [x for split, x in arrays if split == "train"]
+        try:
+            shapes[clip.files[m]] = open_features(clip.files[m]).shape
+        except Exception as error:  # it is skipped, with its reason, when it is prepared
+            problem = problem or reason(clip.files[m], error)
+    train = [clip.files[m] for clip in clips if clip.split == "train" and clip.files[m] in shapes]
     if not train:
-        raise DataError(f"no training clip has a .npy file of (T, D) or (D,) numbers in the column {m}")
-    widths = [x.shape[1] for x in train]
+        raise DataError(f"no training clip has a .npy file of (T, D) or (D,) numbers in the column {m}; {problem}")
+    widths = [shapes[path][1] for path in train]
     width = max(widths, key=widths.count)
-    x = np.concatenate([x for x in train if x.shape[1] == width])  # (steps, D)
-    mean, std = statistics(x)
-    shape = [max(len(x) for _, x in arrays), width]
+    mean, std = statistics([path for path in train if shapes[path][1] == width], open_features)
+    shape = [max(length for length, _ in shapes.values()), width]
     return {"kind": "sequence", "shape": shape, "dtype": "float32", "mean": mean.tolist(), "std": std.tolist()}
 
 
-def statistics(x):
-    """Mean and deviation of each feature of (n, D) numbers over what is finite; that of a constant is 1."""
-    finite = np.isfinite(x)
-    x = np.where(finite, x, 0).astype(np.float64)
-    std = x.std(0, where=finite)
-    return np.nan_to_num(x.mean(0, where=finite)), np.where(std > 1e-6, std, 1)
+def statistics(items, read=np.asarray):
+    """Mean and deviation of each feature of the (n, D) numbers read(item), over what is finite; that of a constant is
+    1. One item at a time is in memory."""
+    count = total = squares = 0
+    for item in items:
+        x = read(item)
+        count = count + np.isfinite(x).sum(0)
+        total = np.vstack([np.broadcast_to(total, x.shape[1]), np.where(np.isfinite(x), x, 0)]).sum(0, np.float64)
+    mean = total / np.maximum(count, 1)
+    for item in items:
+        x = read(item) - mean
+        squares = np.vstack([np.broadcast_to(squares, mean.shape), np.where(np.isfinite(x), x * x, 0)]).sum(0)
+    std = np.sqrt(squares / np.maximum(count, 1))
+    return mean, np.where(std > 1e-8 * np.abs(mean), std, 1)  # less is what rounding makes of a constant
 
 
 def standardise(x, present, mean, std):
@@ -1014,11 +1173,11 @@ def fill_arrays(folder, plan, splits, workers, max_bad):
     progress = tqdm(zip(todo, results), plan["dataset"], len(todo), unit=" clips", disable=None, ncols=78)
     try:
         with closing(results):
-            for (clip, row), reason in progress:
-                if reason == "":
+            for (clip, row), problem in progress:
+                if problem == "":
                     labels[clip.split][row] = clip.label
                 else:
-                    skipped.append([clip.split, clip.id, reason or "the process that read it crashed"])
+                    skipped.append([clip.split, clip.id, problem or "the process that read it crashed"])
                 if len(skipped) > max_bad / 100 * total:
                     raise DataError(f"{len(skipped)} of {total:,} clips cannot be used, more than --max-bad "
                                     f"{max_bad:g} per cent; the last: {', '.join(skipped[-1][1:])}")  # fmt: skip
@@ -1056,11 +1215,14 @@ def in_parallel(work, jobs, workers=None):
     while done < len(jobs):
         alone = done < careful
         size = 1 if alone else workers or cpu_count()
+        if sys.platform == "win32":
+            size = min(size, 61)  # it cannot wait for more
         part = jobs[done:careful] if alone else jobs[done:]
         pool = ProcessPoolExecutor(size, initializer=start_worker)
         try:
             pressed = []  # Python loses a Ctrl-C that comes while it forks: it is heeded when all workers are there
             usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+            check_start(pool)
             results = pool.map(work, *zip(*part), chunksize=1 if alone else 8)
             signal.signal(signal.SIGINT, usual)
             if pressed:
@@ -1075,6 +1237,14 @@ def in_parallel(work, jobs, workers=None):
             careful = max(careful, done + 32 * size)  # more jobs than a pool has at hand
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def check_start(pool):
+    try:
+        pool.submit(os.getpid).result()
+    except BrokenProcessPool:
+        raise DataError("no process could be started to read the clips: a script that prepares or trains has to do so "
+                        "below  if __name__ == '__main__':  (on Windows and macOS)") from None  # fmt: skip
 
 
 def start_worker():
@@ -1541,7 +1711,7 @@ def say(voice, sentence, tone, rng):
 
 def film(path, pictures):
     """pictures (96, 96, 3) uint8 each -> a Flash video, Sorenson H.263. It is silent: the sound is in the WAV."""
-    with av.open(path, "w", format="flv", options={"flush_packets": "0"}) as movie:
+    with open_media(path, "w", format="flv", options={"flush_packets": "0"}) as movie:
         video = movie.add_stream("flv1", FPS, width=SIZE, height=SIZE, bit_rate=400_000)
         for picture in pictures:
             movie.mux(video.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
@@ -1614,6 +1784,19 @@ def show(name, root="prepared"):
     return path
 
 
+def silent_clips(dataset):
+    """The ids of the clips whose sound is silence: their spectrograms are the logarithm of nothing, or padding."""
+    nothing = np.float16(np.log(torch.finfo(torch.float).eps))
+    silent = []
+    for split in dataset.train, dataset.val, dataset.test:
+        for m, array in split.arrays.items():
+            if split.specs[m]["kind"] == "fbank":
+                for row, i in zip(split.rows, split.ids):
+                    if array[row, 0, 0, 0] == nothing and np.isin(array[row], (nothing, 0)).all():
+                        silent.append(i)
+    return silent
+
+
 def table_of_classes(dataset):
     """How many clips of each class each split holds, where there are many classes the extremes; lines for a terminal
     of 80 columns, with one more where that is too few to learn from, or to measure."""
@@ -1647,7 +1830,9 @@ def parse(words):
         p = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         p.add_argument("--out", type=Path, default=Path("prepared"), help="the arrays go to a folder in OUT")
         p.add_argument("--show", action="store_true", help="draw what was prepared, to samples.png beside the arrays")
-        if name not in ("demo", *tables):
+        if name in tables:
+            p.add_argument("--name", dest="called", default=Path(name).stem, help="of the dataset")
+        elif name != "demo":
             p.add_argument("--raw", type=Path, help="the download")
         if name != "mosi":
             options = {"workers": cpu_count(), "max_bad": MAX_BAD.get(name, 5.0)}
@@ -1657,7 +1842,7 @@ def parse(words):
     args = vars(parser.parse_args(words))
     if tables:
         args["raw"] = Path(tables[0])
-        args["name"] = args["raw"].stem
+        args["name"] = args.pop("called")
     return args
 
 
@@ -1666,9 +1851,15 @@ def one_line_for_errors(program):
     """What the user can mend ends the program with one line that says how; so does Ctrl-C."""
     try:
         yield
-    except (DataError, FloatingPointError, torch.OutOfMemoryError, OSError) as error:
-        hint = "; when that is mended, the same command resumes" if isinstance(error, OSError) else ""
-        print(f"{program}: {error}{hint}", file=sys.stderr)
+    except Exception as error:
+        says = str(error)
+        if is_out_of_memory(error):
+            says = f"out of memory: a smaller --batch-size takes less, and fewer --workers ({one_line(error)})"
+        elif isinstance(error, OSError):
+            says += "; when that is mended, the same command resumes"
+        elif not isinstance(error, (DataError, FloatingPointError)):
+            raise
+        print(f"{program}: {says}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command resumes", file=sys.stderr)
@@ -1695,6 +1886,8 @@ def main():
     print(f"{folder}: {counts} clips, {size:.2f} GB; {len(manifest['skipped'])} skipped")
     for split, clip, reason in manifest["skipped"]:
         print(f"  {clip} ({split}): {reason}")
+    if silent := silent_clips(dataset):
+        print(f"warning: the sound of {len(silent):,} clips is silence: {textwrap.shorten(', '.join(silent), 80)}")
     print(*table_of_classes(dataset), sep="\n")
 
 

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import copy
 import csv
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from dataclasses import asdict, fields
 from functools import partial
@@ -459,26 +461,17 @@ def test_the_four_functions_run_when_pasted_under_the_import_lines():
 
 
 def test_the_readmes_own_loop_runs():
-    code = re.search(r"```python\n(.*?own loop.*?)```", (HERE / "README.md").read_text(), re.S)[1]
-    torch.manual_seed(0)
-    x = {"audio": torch.randn(40, 6), "visual": torch.randn(40, 5)}
-    y = torch.arange(40) % 4
-    loader = [({m: v[i : i + 8] for m, v in x.items()}, y[i : i + 8]) for i in range(0, 40, 8)]
-    encoders = torch.nn.ModuleDict({m: torch.nn.Linear(v.shape[1], 8) for m, v in x.items()})
-    head = torch.nn.Linear(16, 4)
-    optimiser = torch.optim.SGD([*encoders.parameters(), *head.parameters()], 0.1)
+    (code,) = re.findall(r"```python\n(import torch\n.*?)```", (HERE / "README.md").read_text(), re.S)
     told = []
-
-    def train_one_epoch():
-        for inputs, labels in loader:
-            loss = F.cross_entropy(head(torch.cat([encoders[m](inputs[m]) for m in x], 1)), labels)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-
-    exec(code, {"encoders": encoders, "train_loader": loader, "val_loader": loader[:2], "epochs": 21, "n_classes": 4,
-                "train_one_epoch": train_one_epoch, "print": lambda *words: told.append(words)})  # fmt: skip
-    assert [words[1] for words in told] == ["audio", "visual"]  # diagnosed once, after epoch 20
+    scope = {"print": told.append}
+    exec(code.replace("range(16)", "range(7)"), scope)
+    assert len(told) == 2 and all(line.startswith("epoch 5") for line in told)  # two modalities, diagnosed once
+    for m, encoder in scope["encoders"].items():
+        p_train, p_val, gap = dr.purity_gap(*scope["features"](m, scope["train"]), *scope["features"](m, scope["val"]), 10)
+        assert encoder.training and gap == abs(p_train - p_val) and 0.3 < p_train < 1
+    state = torch.get_rng_state()
+    scope["features"]("upper", scope["val"])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # --- 5  training ----------------------------------------------------------------------------------
@@ -977,29 +970,10 @@ def test_an_ablation_is_dr_until_it_first_relearns(method, run, prepared, tmp_pa
     assert (other[3]["loss"] == history[3]["loss"]) == (method == "dr-statistics")
 
 
-OWN_METHOD = """
-import torch.nn.functional as F
-
-import dr
-
-
-def focal(model, inputs, labels, t, gamma=2.0):
-    \"\"\"Joint training with the focal loss.\"\"\"
-    logits = model(inputs)
-    p = logits.softmax(1).gather(1, labels[:, None])[:, 0]
-    loss = (-((1 - p) ** gamma) * p.log()).mean()
-    loss.backward()
-    return loss, logits
-
-
-dr.METHODS["focal"] = focal
-dr.main()
-"""
-
-
 def test_a_method_of_ones_own_from_ones_own_file(prepared, tmp_path):
     script = tmp_path / "mine.py"
-    script.write_text(OWN_METHOD)
+    (code,) = re.findall(r"```python\n(import dr\n.*?)```", (HERE / "README.md").read_text(), re.S)
+    script.write_text(code)
     words = sweep_words(prepared, tmp_path, "--name", "t", "--sweep", "method=joint,focal", "modalities=audio,", jobs=2)
     done = command(script, *words, env={**os.environ, "PYTHONPATH": str(HERE)})
     assert done.returncode == 0, done.stderr
@@ -2309,6 +2283,34 @@ def test_ucf101s_flow_in_both_layouts_is_never_mixed(u, v, tmp_path):
     assert [len(axis) for axis in data.flow_pictures(clips[1].files["flow"])] == [1, 1]
 
 
+def test_links_in_circles_are_gone_through_once(tmp_path):
+    names = [f"v_Archery_g{g:02d}_c01.avi" for g in range(1, 26)]
+    touch(tmp_path, *(f"UCF-101/Archery/{n}" for n in names), ".trash/v_YoYo_g01_c01.avi", "u/x/v_YoYo_g01_c01/a.jpg")
+    for link in "latest", "current":
+        (tmp_path / link).symlink_to(".")
+    (tmp_path / "UCF-101/Archery/up").symlink_to("../..")
+    (tmp_path / "elsewhere").symlink_to("UCF-101")  # no circle: both are there
+    found = data.find_files(tmp_path, ".avi")
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in found) == sorted(
+        f"{folder}/Archery/{n}" for folder in ("UCF-101", "elsewhere") for n in names
+    )
+    shutil.rmtree(tmp_path / "u")
+    assert len(data.ucf101(tmp_path)[0]) == 25
+
+
+@pytest.mark.parametrize("gone, max_bad, starts", [(4, 5, True), (5, 5, False), (5, 6, True), (30, 40, True), (1, 0, False)])
+def test_more_missing_files_than_max_bad_allows_end_it_at_once(gone, max_bad, starts, crema, tmp_path, monkeypatch):
+    for path in crema.glob("*/*"):
+        link(path, tmp_path / "raw" / path.relative_to(crema))
+    for path in sorted(tmp_path.glob("raw/VideoFlash/*"))[:gone]:  # of 90
+        path.unlink()
+    monkeypatch.setattr(data, "make_arrays", stop)
+    says = KeyboardInterrupt if starts else data.DataError
+    with pytest.raises(says, match=None if starts else f"is missing.*--max-bad is {max_bad} per cent: nothing was prepared"):
+        data.prepare("cremad", tmp_path / "raw", tmp_path / "out", max_bad=max_bad)
+    assert starts or not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["cremad", "kinetics", "ucf101"])
 def test_an_empty_folder_gets_one_clear_line(name, tmp_path):
     done = data_called(name, "--raw", tmp_path, "--out", tmp_path / "out")
@@ -2419,7 +2421,7 @@ def test_a_wrong_row_of_your_own_data_is_named_by_its_line(line, column, value, 
     ("-x y.csv", "label\n", "cannot be called"), ("gone.csv", None, "No such file"), ("empty.csv", "", "cannot be understood.*No columns"),
     ("semicolons.csv", "label;scan\na;0.png\n", "with commas between them"), ("binary.csv", b"\xff\xfe\x00label", "cannot be understood"),
     ("nul.csv", "label,scan\n" + "a,\0.png\nb,\0.png\n" * 9, "have their files there|cannot be understood|empty cell"), ("one.csv", "label,scan\n" + "a,0.png\n" * 9, "nothing to tell apart"),
-    ("two.csv", "label,scan\na,0.png\nb,1.png\n", "no clip is in the val split.*too few clips"), ("gone.csv", "label,scan\n" + "a,gone.png\nb,gone.png\n" * 9, "0 have their files.*gone.png is missing"),
+    ("two.csv", "label,scan\na,0.png\nb,1.png\n", "no clip is in the val split.*too few clips"), ("gone.csv", "label,scan\n" + "".join(f"{'ab'[k % 2]},{k}gone.png\n" for k in range(18)), "0 have their files.*gone.png is missing"),
 ])  # fmt: skip
 def test_a_table_that_is_none_gets_one_clear_line(name, content, says, tmp_path):
     if content is not None:
@@ -2508,6 +2510,129 @@ def test_a_step_that_becomes_zeros_is_stored_as_one_that_is_there(values):
     assert (torch.from_numpy(z).bfloat16() == 0).all(-1).tolist() == (~present).tolist()
 
 
+def test_features_without_a_finite_number_are_bad_clips(tmp_path, recwarn):
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(4, 3)) for _ in range(40)]
+    arrays[3][:] = np.nan
+    arrays[7][:] = -np.inf
+    arrays[8][:, 1] = np.nan  # one feature of three is missing: it becomes the mean
+    done = data_called(write_features(tmp_path / "in", arrays), "--out", tmp_path, "--max-bad", 10)
+    assert done.returncode == 0 and "2 skipped" in done.stdout, done.stderr
+    skipped = json.loads((tmp_path / "t/manifest.json").read_text())["skipped"]
+    assert sorted(says for *_, says in skipped) == ["3.npy: no finite number", "7.npy: no finite number"]
+    done = data_called(write_features(tmp_path / "none", [np.full((4, 3), np.nan)] * 40), "--out", tmp_path / "out")
+    assert_one_line(done, "no finite number")
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_features_are_scaled_whatever_their_unit_but_for_constants(dtype, tmp_path):
+    rng = np.random.default_rng(0)
+    units = [1, 1e-9, 1e6, 0, 0, 1e-3]
+    around = [0, 0, 0, 7, 1 / 3, 1]
+    arrays = [(np.array(around) + rng.normal(size=(5, 6)) * units).astype(dtype) for _ in range(40)]
+    data.prepare("t", write_features(tmp_path / "in", arrays), tmp_path)
+    train = data.load("t", tmp_path).train
+    x = train.arrays["x"][train.rows].reshape(-1, 6)
+    np.testing.assert_allclose(x.std(0)[[0, 1, 2, 5]], 1, rtol=1e-3)
+    np.testing.assert_allclose(x[:, 3:5], 0, atol=1e-6)
+
+
+def test_statistics_are_numpys_and_one_array_is_in_memory_at_a_time():
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(300, 5, (n, 4)) for n in (1, 7, 20, 3)]
+    arrays[1][2, 1] = np.nan
+    arrays[2][:, 3] = np.inf
+    held = []
+
+    def read(k):
+        held.append(weakref.ref(array := arrays[k].copy().view(Held)))
+        assert sum(ref() is not None for ref in held) <= 2  # this one, and at most the last
+        return array
+
+    mean, std = data.statistics(range(4), read)
+    whole = np.concatenate(arrays)
+    whole[~np.isfinite(whole)] = np.nan
+    np.testing.assert_allclose(mean, np.nanmean(whole, 0), rtol=1e-13)
+    np.testing.assert_allclose(std, np.nanstd(whole, 0), rtol=1e-13)
+    assert len(held) == 8
+
+
+class Held(np.ndarray):
+    """Can be weakly referenced."""
+
+
+@pytest.mark.parametrize("x, says", [(np.ones((5, 3, 1)), r"0.npy: float64 of shape \(5, 3, 1\)"),
+                                     (np.array([1, None]), "0.npy: .*Python objects"), (np.ones((0, 3)), r"shape \(0, 3\)")])  # fmt: skip
+def test_what_is_no_sequence_is_named_with_what_is_wrong(x, says, tmp_path):
+    done = data_called(write_features(tmp_path / "in", [x] * 20), "--out", tmp_path / "out")
+    assert_one_line(done, "column x")
+    assert re.search(says, done.stderr) and not (tmp_path / "out").exists()
+
+
+def test_equal_files_are_kept_together_and_what_is_in_several_splits_is_said(tmp_path, capsys):
+    table = write_features(tmp_path / "in", np.arange(40)[:, None, None] * np.ones((40, 4, 3)))
+    once = [[f"{k}.npy", "ab"[k % 2]] for k in range(40)]
+    often = write_csv(tmp_path / "in/often.csv", ["x", "label"], [*once, *(row for row in once if row[1] == "a"), *once[:9]])
+    drawn = data.own_data(often)[0]
+    splits = [{c.split for c in drawn if c.files["x"].name == f"{k}.npy"} for k in range(40)]
+    assert all(len(found) == 1 for found in splits) and len(drawn) == 69 and capsys.readouterr().err == ""
+    assert parts(data.own_data(table)[0], lambda c: c.id)["test"]  # as before, where every row has its own
+    (tmp_path / "in/link.npy").symlink_to("0.npy")
+    rows = [[name, label, ("train", "val", "test")[k % 3]] for k, (name, label) in enumerate(once)]
+    rows += [["link.npy", "a", "test"], ["./1.npy", "b", "train"], ["3.npy", "b", "train"]]
+    done = data_called(write_csv(tmp_path / "in/several.csv", ["x", "label", "split"], rows), "--out", tmp_path)
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 1
+    assert re.search(r"warning: 2 files are in several splits, as .*/[01].npy in (test and train|train and val)$", done.stderr)
+
+
+def grouped(folder, people, splits):
+    """Six clips per person, a's and b's, all of the split that is named, or to be drawn."""
+    more = [[f"p{k // 6}" for k in range(6 * people)]]
+    if splits:
+        more.append([splits[k // 6] for k in range(6 * people)])
+    header = ["group", "split"][: len(more)]
+    return write_features(folder, np.ones((6 * people, 2, 3)) * np.arange(6 * people)[:, None, None], header, more)
+
+
+@pytest.mark.parametrize("people, splits, counts", [
+    (5, ["train"] * 4 + ["test"], [3, 1, 1]), (4, ["train"] * 3 + ["test"], [2, 1, 1]), (4, None, [2, 1, 1]), (3, None, [1, 1, 1]),
+    (30, None, [24, 3, 3])])  # fmt: skip
+def test_few_groups_give_one_each(people, splits, counts, tmp_path):
+    found = parts(data.own_data(grouped(tmp_path, people, splits))[0], lambda c: c.group)
+    assert [len(groups) for groups in found.values()] == counts and len(set.union(*found.values())) == people
+
+
+@pytest.mark.parametrize("people, splits", [(3, ["train", "train", "test"]), (2, None)])
+def test_too_few_groups_are_said(people, splits, tmp_path):
+    done = data_called(grouped(tmp_path / "in", people, splits), "--out", tmp_path / "out")
+    assert_one_line(done, "no clip is in the val split", "groups", "three at least")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("encoding, first", [("cp1252", ""), ("utf-16", ""), ("utf-16-be", "\ufeff"), ("utf-8", "sep=,\r\n")])
+def test_a_table_as_excel_saves_it_is_to_be_saved_as_utf_8(encoding, first, clips, tmp_path):
+    folder, _, rows = clips
+    lines = ["scan,label", *(f"{row[3]},{'Ärger' if k % 2 else 'joy'}" for k, row in enumerate(rows))]
+    (folder / "excel.csv").write_bytes((first + "\r\n".join(lines)).encode(encoding))
+    done = data_called(folder / "excel.csv", "--out", tmp_path / "out")
+    assert_one_line(done, "save it as UTF-8")
+    (folder / "excel.csv").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert data.own_data(folder / "excel.csv")[1] == ["joy", "Ärger"]
+
+
+@pytest.mark.parametrize("name", ["my clips", "clips (1)", "a+b", "demo"])
+def test_a_table_of_any_name_can_be_given_one(name, tmp_path):
+    table = write_features(tmp_path / "in", np.arange(30)[:, None, None] * np.ones((30, 2, 3)))
+    table = table.rename(table.with_stem(name))
+    done = data_called(table, "--out", tmp_path)
+    assert_one_line(done, f"cannot be called {name!r}", "letters, digits, _, - and .", "--name")
+    done = data_called(table, "--out", tmp_path, "--name", "mine")
+    assert done.returncode == 0 and len(data.load("mine", tmp_path).train) == 24, done.stderr
+    done = data_called(table, "--out", tmp_path, "--name", "mine", "--show")
+    assert done.stdout.strip() == str(tmp_path / "mine/samples.png")
+
+
 # --- CMU-MOSI -------------------------------------------------------------------------------------
 
 
@@ -2568,6 +2693,25 @@ def test_mosi_is_not_overwritten_and_what_has_no_score_is_listed(tmp_path):
     mosi_pickle(tmp_path / "mosi.pkl", "mmsa", seed=1)
     done = data_called("mosi", "--raw", tmp_path / "mosi.pkl", "--out", tmp_path)
     assert done.returncode == 2 and "was made with other parameters (sha256" in done.stderr
+
+
+@pytest.mark.parametrize("layout", ["mmsa", "multibench"])
+def test_mosis_true_steps_are_no_padding_and_clips_of_nothing_are_skipped(layout, tmp_path, recwarn):
+    raw = mosi_pickle(tmp_path / "mosi.pkl", layout)
+    if layout == "mmsa":
+        raw["train"]["text"][:, 0] = 0  # their length is told
+    raw["train"]["vision"][3][raw["train"]["vision"][3] != 0] = np.nan
+    raw["test"]["audio"][4] = np.inf
+    (tmp_path / "mosi.pkl").write_bytes(pickle.dumps(raw))
+    done = data_called("mosi", "--raw", tmp_path / "mosi.pkl", "--out", tmp_path)
+    assert done.returncode == 0 and re.search(r"\(train\): no vision", done.stdout), done.stderr
+    assert re.search(r"\(test\): no audio", done.stdout) and "2 skipped" in done.stdout
+    train = data.load("mosi", tmp_path).train
+    assert len(train) == 39 and 3 not in train.rows
+    lengths = np.array(raw["train"]["audio_lengths"]) if layout == "mmsa" else np.full(40, 4)
+    for x in train.arrays.values():
+        assert ((x != 0).any(-1) == (np.arange(6) < lengths[:, None])).all()
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
 
 
 @pytest.mark.parametrize("rows, steps", [(slice(9), slice(None)), (slice(None), slice(5))])
@@ -2666,12 +2810,248 @@ def test_sound_is_mixed_to_mono_and_resampled(tmp_path):
     np.testing.assert_allclose(found[1000:30000], expected[1000:30000], atol=0.05 * expected.std())
 
 
+def write_sound(path, codec, rate=44100, layout="mono", seconds=10, quiet=0, **options):
+    """Noise, after some seconds of silence."""
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate, layout=layout)
+        noise = np.random.default_rng(0).normal(0, 0.1, (1 if layout == "mono" else 2, int(rate * seconds)))
+        noise[:, : int(rate * quiet)] = 0
+        form = next(f for f in stream.codec_context.codec.audio_formats if f.name.startswith(("s16", "flt")))
+        noise = np.float32(noise) if "flt" in form.name else np.int16(32767 * noise)
+        if not form.is_planar:
+            noise = np.ascontiguousarray(noise.T.reshape(1, -1))
+        frame = av.AudioFrame.from_ndarray(noise, form.name, layout)
+        frame.sample_rate = rate
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+SOUNDS = {
+    "a.wav": {"codec": "pcm_s16le"}, "a.mp3": {"codec": "libmp3lame"}, "a.flac": {"codec": "flac"},
+    "fast.m4a": {"codec": "aac", "movflags": "faststart"}, "late.mp3": {"codec": "libmp3lame", "quiet": 5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_a_sound_of_which_a_part_is_there_is_truncated(name, tmp_path):
+    content = write_sound(tmp_path / name, **SOUNDS[name]).read_bytes()
+    assert len(data.read_sound(tmp_path / name)) == pytest.approx(160000, abs=1000)
+    for share in 0.05, 0.5, 0.8:
+        (tmp_path / name).write_bytes(content[: int(share * len(content))])
+        with pytest.raises(data.BadClip, match=r"truncated, .* of 10\.. s are there"):
+            data.read_sound(tmp_path / name)
+
+
+def test_what_tells_no_length_or_a_wrong_guess_is_not_truncated(tmp_path):
+    write_sound(tmp_path / "guess.aac", "aac", quiet=5)  # FFmpeg takes silence's bit rate for all of it
+    write_sound(tmp_path / "guess.mp3", "libmp3lame", write_xing="0")
+    wave = write_sound(tmp_path / "a.wav", "pcm_s16le").read_bytes()
+    at = wave.index(b"data") + 4
+    for k, size in enumerate((0, 0xFFFFFFFF, 0x7FFFFFFF)):  # as what writes to a pipe leaves it
+        told = size.to_bytes(4, "little")
+        (tmp_path / f"{k}.wav").write_bytes(wave[:4] + told + wave[8:at] + told + wave[at + 4 :])
+    for path in tmp_path.iterdir():
+        assert len(data.read_sound(path)) == pytest.approx(160000, abs=1500), path
+
+
+def test_a_sound_whose_rate_and_channels_change_on_the_way_is_heard_to_its_end(tmp_path):
+    for name, rate, layout in ("a", 44100, "mono"), ("b", 32000, "stereo"), ("c", 22050, "mono"):
+        write_sound(tmp_path / f"{name}.mp3", "libmp3lame", rate, layout, seconds=2, write_xing="0", id3v2_version="0")
+    (tmp_path / "all.mp3").write_bytes(b"".join((tmp_path / f"{name}.mp3").read_bytes() for name in "abc"))
+    parts = np.concatenate([data.read_sound(tmp_path / f"{name}.mp3") for name in "abc"])
+    whole = data.read_sound(tmp_path / "all.mp3")
+    assert len(whole) == pytest.approx(len(parts), abs=2000)  # the encoder's delays are cut off once, not three times
+    for second in 0.5, 2.5, 4.5:
+        at = slice(int(16000 * second), int(16000 * (second + 1)))
+        assert whole[at].std() == pytest.approx(parts[at].std(), rel=0.05)
+
+
+def test_a_bad_packet_of_a_sound_is_passed_over(tmp_path):
+    content = bytearray(write_sound(tmp_path / "a.mp3", "libmp3lame", write_xing="0", seconds=4).read_bytes())
+    middle = content.index(b"\xff\xfb", len(content) // 2)
+    content[middle + 4 : middle + 150] = b"\xff" * 146
+    (tmp_path / "b.mp3").write_bytes(content)
+    assert len(data.read_sound(tmp_path / "b.mp3")) > 3.8 * 16000
+
+
+def test_of_an_hours_recording_only_the_beginning_is_decoded(tmp_path, monkeypatch):
+    seconds = 600
+    wave = np.memmap(tmp_path / "a.raw", np.int16, "w+", shape=(seconds * 8000,))
+    wave[:] = np.tile(np.random.default_rng(0).normal(0, 3000, 8000).astype(np.int16), seconds)
+    scipy.io.wavfile.write(tmp_path / "a.wav", 8000, wave)
+    heard = []
+    real = data.decode
+    monkeypatch.setattr(data, "decode", lambda *args: (heard.append(f.samples) or f for f in real(*args)))
+    found = data.read_fbank(tmp_path / "a.wav", data.fbank_spec(64, 3.0))
+    assert 60 <= sum(heard) / 8000 < 62
+    scipy.io.wavfile.write(tmp_path / "b.wav", 8000, wave[: 8000 * 60])
+    np.testing.assert_allclose(found, data.read_fbank(tmp_path / "b.wav", data.fbank_spec(64, 3.0)), atol=0.02)
+    heard.clear()
+    data.read_fbank(tmp_path / "a.wav", data.fbank_spec(64, 100.0))
+    assert 101 <= sum(heard) / 8000 < 103
+
+
+def test_channels_that_cancel_each_other_out_are_not_mixed(tmp_path):
+    noise = np.random.default_rng(0).normal(0, 3000, 16000).astype(np.int16)
+    scipy.io.wavfile.write(tmp_path / "a.wav", 16000, np.stack([noise, -noise], 1))
+    np.testing.assert_allclose(np.abs(data.read_sound(tmp_path / "a.wav")), np.abs(noise / np.float32(32768)), atol=1e-6)
+
+
+def test_a_silent_sound_is_said(clips, tmp_path):
+    folder, _, rows = clips
+    scipy.io.wavfile.write(folder / "nothing.wav", 16000, np.zeros(8000, np.int16))
+    scipy.io.wavfile.write(folder / "offset.wav", 16000, np.full(8000, 99, np.int16))
+    beginning = np.r_[np.zeros(4000), np.random.default_rng(0).normal(0, 999, 4000)]
+    scipy.io.wavfile.write(folder / "late.wav", 16000, beginning.astype(np.int16))
+    sounds = ["nothing.wav", "offset.wav", "late.wav", *(row[4] for row in rows[3:])]
+    table = write_csv(folder / "silence.csv", ["voice", "label"], [[x, row[-1]] for x, row in zip(sounds, rows)])
+    done = data_called(table, "--out", tmp_path, "--seconds", 1)
+    assert done.returncode == 0 and "the sound of 2 clips is silence: line " in done.stdout, done.stderr
+    found = data.silent_clips(data.load("silence", tmp_path))
+    assert sorted(found) == ["line 2", "line 3"]
+
+
+def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    babble(Path("2024-05-01T12:03:00.wav"), 0.5)
+    film(tmp_path / "a.mp4", **H264).rename("file:12:30.mp4")
+    assert len(data.read_sound(Path("2024-05-01T12:03:00.wav"))) == 8000
+    assert data.read_frames(Path("file:12:30.mp4"), data.frames_spec(1, 16)).shape == (1, 16, 16, 3)
+    assert data.prepare("demo", out="12:30", clips=30).name == "demo"
+
+
 @pytest.mark.parametrize("move", [(3, 2), (-4, 1)])
 def test_the_flow_of_a_texture_is_how_it_moves(move, tmp_path):
     flow = data.read_flow(film(tmp_path / "a.avi", "mpeg4", options={"qmax": "3"}, move=move), data.flow_spec(3, 48))
     assert flow.shape == (3, 48, 48, 2) and flow.dtype == np.uint8
     pixels = (flow[:, 12:36, 12:36].astype(float) - 128) * 20 / 127
     np.testing.assert_allclose(np.median(pixels, (1, 2)), [move] * 3, atol=0.25)
+
+
+def copy_packets(source, target, first):
+    """A film from packet number `first` on, as a cut without recoding leaves it."""
+    with av.open(str(source)) as whole, av.open(str(target), "w") as cut:
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        for k, packet in enumerate(whole.demux(whole.streams.video[0])):
+            if k >= first and packet.size:
+                packet.stream = stream
+                cut.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize("name, first", [("b_frames.mp4", 5), ("open_gop.mp4", 5), ("open_gop.mp4", 14)])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_of_a_film_cut_between_keyframes_what_is_shown_counts(name, first, suffix, tmp_path):
+    whole = film(tmp_path / name, **{**KINDS[name], "gop": 12}, frames=60)
+    cut = copy_packets(whole, tmp_path / f"cut.{suffix}", first)
+    with av.open(str(cut)) as movie:
+        assert len(list(movie.decode(video=0))) < 60 - first  # some cannot be decoded
+    for count in 1, 3, 11:
+        found = data.read_frames(cut, data.frames_spec(count, 48))
+        np.testing.assert_array_equal(found, frames_by_hand(cut, count, 48))
+
+
+def test_a_film_whose_last_packets_are_broken_is_as_long_as_it_shows_and_half_of_one_is_none(tmp_path):
+    content = film(tmp_path / "a.mkv", "mpeg4", frames=24, gop=1).read_bytes()
+    with av.open(str(tmp_path / "a.mkv")) as movie:
+        every = [frame.reformat(48, 48, "rgb24").to_ndarray() for frame in movie.decode(video=0)]
+    starts = [m.start() for m in re.finditer(b"\0\0\1\xb6", content)]  # of its 24 pictures
+    for broken, fits in (6, True), (18, False):
+        spoilt = bytearray(content)
+        for start in starts[-broken:]:
+            spoilt[start : start + 4] = b"\0\0\1\xb5"  # no picture
+        path = tmp_path / f"{broken}.mkv"
+        path.write_bytes(spoilt)
+        with contextlib.nullcontext() if fits else pytest.raises(data.BadClip, match="broken, .* of 24 frames"):
+            found = data.read_frames(path, data.frames_spec(3, 48))
+            np.testing.assert_array_equal(found, [every[int((i + 0.5) * (24 - broken) / 3)] for i in range(3)])
+
+
+def test_memory_does_not_grow_with_the_length_of_a_film(tmp_path):
+    path = film(tmp_path / "a.mkv", "mpeg4", frames=500)
+    alive = most = 0
+
+    class Counted:  # a packet, as long as it is held
+        def __init__(self, packet):
+            nonlocal alive, most
+            self.packet = packet
+            alive += 1
+            most = max(most, alive)
+
+        def __getattr__(self, name):
+            return getattr(self.packet, name)
+
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = data.packets_of
+        patch.setattr(data, "packets_of", lambda stream: map(Counted, real(stream)))
+        patch.setattr(data, "decode", lambda stream, packets: (f for p in packets for f in p.packet.decode()))
+        data.read_frames(path, data.frames_spec(2, 16))
+    assert 0 < most < 10
+
+
+def with_cover(content, first):
+    """An MP4 with a cover picture, red, before or behind its film, as iTunes and yt-dlp put it there."""
+    red = io.BytesIO()
+    Image.new("RGB", (64, 48), (255, 0, 0)).save(red, "JPEG")
+    box = lambda kind, content: (len(content) + 8).to_bytes(4, "big") + kind + content  # noqa: E731
+    handler = box(b"hdlr", bytes(8) + b"mdirappl" + bytes(9))
+    picture = box(b"covr", box(b"data", (13).to_bytes(4, "big") + bytes(4) + red.getvalue()))
+    cover = box(b"udta", box(b"meta", bytes(4) + handler + box(b"ilst", picture)))
+    start = content.index(b"moov") - 4
+    moov, rest = content[start + 8 :], content[:start]  # it is the last box
+    udta = moov.index(b"udta") - 4
+    header = int.from_bytes(moov[:4], "big")  # mvhd
+    tracks = moov[header:udta]
+    return rest + box(b"moov", moov[:header] + (cover + tracks if first else tracks + cover))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_cover_picture_is_not_taken_for_the_film(first, tmp_path):
+    path = film(tmp_path / "a.mp4", **H264)
+    path.with_stem("b").write_bytes(with_cover(path.read_bytes(), first))
+    with av.open(str(path.with_stem("b"))) as movie:
+        kinds = [stream.codec_context.name for stream in movie.streams.video]
+    assert kinds == (["mjpeg", "h264"] if first else ["h264", "mjpeg"])
+    found = data.read_frames(path.with_stem("b"), data.frames_spec(3, 32))
+    np.testing.assert_array_equal(found, frames_by_hand(path, 3, 32))
+
+
+@pytest.mark.parametrize("mode, suffix", [("RGBA", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "gif"), ("RGBA", "webp")])
+def test_a_drawing_on_a_transparent_ground_lies_on_white(mode, suffix, tmp_path):
+    drawing = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    drawing.paste((0, 0, 0, 255), (4, 4, 12, 12))
+    drawing.paste((0, 0, 0, 51), (0, 12, 16, 16))  # a fifth
+    palette = mode == "P" or suffix == "gif"  # it knows no fifths
+    if palette:
+        drawing.paste((0, 0, 0, 0), (0, 12, 16, 16))
+    more = {"lossless": True} if suffix == "webp" else {}
+    drawing.convert(mode).save(tmp_path / f"a.{suffix}", **more)
+    found = data.read_frames(tmp_path / f"a.{suffix}", data.frames_spec(1, 16))[0]
+    expected = np.full((16, 16, 3), 255)
+    expected[4:12, 4:12] = 0
+    expected[12:] = 255 if palette else 204
+    np.testing.assert_allclose(found, expected, atol=1)
+
+
+@pytest.mark.parametrize("codec, pixels", [("qtrle", "argb"), ("png", "rgba"), ("ffv1", "yuva420p")])
+def test_a_film_on_a_transparent_ground_lies_on_white(codec, pixels, tmp_path):
+    with av.open(str(tmp_path / "a.mov" if codec != "ffv1" else tmp_path / "a.mkv"), "w") as movie:
+        stream = movie.add_stream(codec, 10, width=64, height=48, pix_fmt=pixels)
+        for k in range(6):
+            picture = np.zeros((48, 64, 4), np.uint8)
+            picture[8:32, 4 * k : 4 * k + 20, 3] = 255  # opaque black
+            movie.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgba").reformat(format=pixels)))
+        movie.mux(stream.encode())
+        name = movie.name
+    found = data.read_frames(Path(name), {**data.frames_spec(1, 0), "size": 48})[0]  # frame 3, 64 pixels wide, squeezed
+    assert (found[:6] > 250).all() and (found[34:] > 250).all() and (found[10:30, 12:22] < 5).all()
+    grey = next(iter(data.pick_frames(Path(name), data.frames_spec(1, 48))))
+    assert data.convert(grey, None, None, "gray")[0, 0] > 230
 
 
 def turn(path):
@@ -3081,6 +3461,64 @@ def test_whatever_a_clip_does_it_is_one_more_bad_clip(error, crema, tmp_path, mo
     clip = data.Clip("a", 0, "train", {"visual": crema / "VideoFlash/1001_IEO_ANG_XX.flv"})
     reason = data.prepare_clip(tmp_path, {"visual": data.frames_spec(1, 16)}, clip, 0)
     assert type(error).__name__ in reason and "\n" not in reason
+
+
+def test_on_windows_no_more_than_61_processes_are_started(monkeypatch):
+    sizes = []
+
+    class Pool(data.ProcessPoolExecutor):
+        def __init__(self, size, **more):
+            sizes.append(size)
+            super().__init__(1, **more)
+
+    monkeypatch.setattr(data, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(data, "cpu_count", lambda: 64)
+    for platform in "linux", "win32":
+        monkeypatch.setattr(sys, "platform", platform)
+        assert list(data.in_parallel(abs, [(-1,), (-2,)])) == [1, 2]
+        assert list(data.in_parallel(abs, [(-1,)], 70)) == [1]
+        assert list(data.in_parallel(abs, [(-1,)], 2)) == [1]
+    assert sizes == [64, 70, 2, 61, 61, 2]
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_is_told_so_at_once(crema, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import multiprocessing, sys, data\nprint('once more', flush=True)\n"
+                      "multiprocessing.set_start_method('spawn', force=True)\n"
+                      "data.prepare('cremad', sys.argv[1], sys.argv[2], size=32, workers=1)\n")  # fmt: skip
+    done = command(script, crema, tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)}, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1  # its own
+    assert done.stderr.splitlines()[-1].startswith("data.DataError: no process could be started")
+    assert "if __name__ == '__main__':" in done.stderr and done.stdout.count("once more") == 2
+
+
+def take_all_memory(kind):
+    if kind == "NumPy":
+        np.ones(1 << 60, np.uint8)
+    elif kind == "PyTorch":
+        torch.ones(1 << 60, dtype=torch.uint8)
+    elif kind == "the system":
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+    elif kind == "CUDA":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+    raise RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB).\nTried to allocate 2.00 GB on private pool.")
+
+
+@pytest.mark.parametrize("kind", ["NumPy", "PyTorch", "the system", "CUDA", "MPS"])
+def test_want_of_memory_is_one_line_that_names_the_batch_size(kind, capsys):
+    with pytest.raises(SystemExit) as end, data.one_line_for_errors("dr.py"):
+        with data.explained("it is damaged: delete it"):
+            take_all_memory(kind)
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told.startswith("dr.py: out of memory") and len(told.splitlines()) == 1
+    assert "--batch-size" in told and "damaged" not in told
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape"), ValueError("odd"), KeyError("memory")])
+def test_what_the_user_cannot_mend_keeps_its_traceback(error):
+    with pytest.raises(type(error)), data.one_line_for_errors("dr.py"):
+        raise error
 
 
 def broken_files(folder):
