@@ -312,34 +312,28 @@ def train(config):
 # ---- 6  Other methods: rivals of D&R, and D&R with one thing changed ----------------------------------------------
 # Each rival is its official code with that code's defaults; what differs is said. Their uni-modal logits are `parts`
 # of the joint ones, where some official codes train extra heads.
-def joint_and_unimodal(model, inputs, labels):
-    """One forward pass -> features, logits, the joint loss L, and the sum over modalities of L_m."""
+def compare(model, inputs, labels):
+    """One forward pass, and how far each modality is -> a namespace."""
     features = model.features(inputs)
+    parts = model.fusion.parts(features)
     logits = model.fusion(features)
-    unimodal = sum(F.cross_entropy(part, labels) for part in model.fusion.parts(features).values())
-    return features, logits, F.cross_entropy(logits, labels), unimodal
+    s = {m: part.detach().softmax(1).gather(1, labels[:, None]).mean() for m, part in parts.items()}
+    return SimpleNamespace(
+        features=features,  # {m: (B, D)}
+        logits=logits,  # (B, n_classes)
+        loss=F.cross_entropy(logits, labels),  # L
+        unimodal_loss=sum(F.cross_entropy(part, labels) for part in parts.values()),  # the sum of L_m
+        s=s,  # the mean probability of the right class by m's part; of two modalities, s / others is OGM-GE's ratio
+        others={m: (sum(s.values()) - s[m]) / (len(s) - 1) for m in s},  # the mean of the others' s
+    )
 
 
 def multitask(model, inputs, labels, t):
     """Joint training plus one cross-entropy per modality.
     L + sum over m of L_m: the baseline of MMPareto's official code. The loss returned is L, to compare methods by."""
-    _, logits, joint_loss, unimodal_loss = joint_and_unimodal(model, inputs, labels)
-    (joint_loss + unimodal_loss).backward()
-    return joint_loss, logits
-
-
-def multitask_relearnt(model, inputs, labels, t):
-    """multitask, diagnosed and re-learnt as D&R is."""
-    return multitask(model, inputs, labels, t)
-
-
-@torch.no_grad()
-def modality_scores(model, features, labels):
-    """How far each modality is, and the others are -> {modality: (s, the mean of the others' s)}, scalars.
-    s_m: the mean probability of the right class by m's part of the logits; of two, s / others is OGM-GE's ratio."""
-    parts = model.fusion.parts(features)
-    s = {m: part.softmax(1).gather(1, labels[:, None]).mean() for m, part in parts.items()}
-    return {m: (s[m], (sum(s.values()) - s[m]) / (len(s) - 1)) for m in s}
+    out = compare(model, inputs, labels)
+    (out.loss + out.unimodal_loss).backward()
+    return out.loss, out.logits
 
 
 def ogm(model, inputs, labels, t):
@@ -352,33 +346,31 @@ def ogm_ge(model, inputs, labels, t, alpha=0.8, until=0.5, noise=True):
     In the first half of training the gradients of encoder m's convolutions and linear layers (officially: convolutions)
     times k_m = 1 - tanh(alpha r_m) if r_m > 1 (officially the audio's at r = 1, too), else 1, plus N(0, std(grad)^2),
     tensor by tensor, each process its own, the std before they are slowed. alpha is the authors' for CREMA-D."""
-    features = model.features(inputs)
-    logits = model.fusion(features)
-    loss = F.cross_entropy(logits, labels)
-    loss.backward()
+    out = compare(model, inputs, labels)
+    out.loss.backward()
     if t > until:
-        return loss, logits
-    for m, (own, others) in modality_scores(model, features, labels).items():
-        ratio = own / others
+        return out.loss, out.logits
+    for m, encoder in model.encoders.items():
+        ratio = out.s[m] / out.others[m]
         factor = torch.where(ratio > 1, 1 - torch.tanh(alpha * ratio), 1.0)
-        for p in model.encoders[m].parameters():
+        for p in encoder.parameters():
             if p.dim() > 1:
                 spread = noise * (p.grad.std() + 1e-8)
                 p.grad = factor * p.grad + spread * torch.randn_like(p.grad)
-    return loss, logits
+    return out.loss, out.logits
 
 
 def mlb(model, inputs, labels, t, alpha=0.5, beta=10.0):
     """MLB (Kontras et al., BMVC 2024): multitask, slowed and sped up.
     Times k_m = 1 + tanh(alpha (1/r_m - 1)), or 1 + (beta - 1) tanh(alpha (1/r_m - 1)) where r_m < 1, on all parameters
     of encoder m. alpha and beta are the authors' for CREMA-D. They scale m's head, too; here it is the joint one's."""
-    features, logits, joint_loss, unimodal_loss = joint_and_unimodal(model, inputs, labels)
-    (joint_loss + unimodal_loss).backward()
-    for m, (own, others) in modality_scores(model, features, labels).items():
-        pace = torch.tanh(alpha * (others / own - 1))
-        for p in model.encoders[m].parameters():
+    out = compare(model, inputs, labels)
+    (out.loss + out.unimodal_loss).backward()
+    for m, encoder in model.encoders.items():
+        pace = torch.tanh(alpha * (out.others[m] / out.s[m] - 1))
+        for p in encoder.parameters():
             p.grad *= 1 + pace * torch.where(pace > 0, beta - 1, 1.0)
-    return joint_loss, logits
+    return out.loss, out.logits
 
 
 def opm(model, inputs, labels, t, base=0.5, gain=0.5, chance=0.7, warm_up=0.05):
@@ -386,12 +378,14 @@ def opm(model, inputs, labels, t, base=0.5, gain=0.5, chance=0.7, warm_up=0.05):
     A sample loses z_m with probability q_m = base (1 + gain tanh(r_m - 1)) if r_m > 1, else 0; what stays is divided
     by 1 - theta, theta the mean of q over all features. In a share `chance` of the batches, after 6 in 100 epochs.
     Some modality is always behind, so no sample loses all."""
-    features = model.features(inputs)
+    out = compare(model, inputs, labels)
+    features = out.features
     if t > warm_up and torch.rand(()) < chance:
         q = {}
-        for m, (own, others) in modality_scores(model, features, labels).items():
-            q[m] = torch.where(own > others, base * (1 + gain * torch.tanh(own / others - 1)), 0.0)
-        theta = sum(q[m] * x.shape[1] for m, x in features.items()) / sum(x.shape[1] for x in features.values())
+        for m, s in out.s.items():
+            q[m] = torch.where(s > out.others[m], base * (1 + gain * torch.tanh(s / out.others[m] - 1)), 0.0)
+        widths = {m: x.shape[1] for m, x in features.items()}
+        theta = sum(q[m] * widths[m] for m in q) / sum(widths.values())
         for m, x in features.items():
             keep = torch.rand(len(x), 1, device=x.device) >= q[m]
             features[m] = x * keep / (1 - theta)
@@ -406,22 +400,22 @@ def mmpareto(model, inputs, labels, t, gamma=1.5):
     With g, h an encoder's gradients of L and L_m: new = 2 w g + 2 (1 - w) h, where w = 1/2 if they agree (g.h > 0),
     else at the point of the segment nearest to 0, w = (h.h - g.h) / |g - h|^2. Each tensor that is shorter than g + h
     is enlarged to that norm; all are multiplied by gamma. The head keeps g + h."""
-    _, logits, joint_loss, unimodal_loss = joint_and_unimodal(model, inputs, labels)
+    out = compare(model, inputs, labels)
     parameters = list(model.parameters())
-    g = dict(zip(parameters, torch.autograd.grad(joint_loss, parameters, retain_graph=True)))
-    h = dict(zip(parameters, torch.autograd.grad(unimodal_loss, parameters)))
+    g = dict(zip(parameters, torch.autograd.grad(out.loss, parameters, retain_graph=True)))
+    h = dict(zip(parameters, torch.autograd.grad(out.unimodal_loss, parameters)))
     for p in parameters:
         p.grad = g[p] + h[p]
     for encoder in model.encoders.values():
-        gh = sum((g[p] * h[p]).sum() for p in encoder.parameters())
-        hh = sum((h[p] * h[p]).sum() for p in encoder.parameters())
-        apart = sum((g[p] - h[p]).square().sum() for p in encoder.parameters())
-        w = torch.where(gh > 0, 0.5, (hh - gh) / apart.clamp_min(1e-30))
+        all_g = torch.cat([g[p].flatten() for p in encoder.parameters()])
+        all_h = torch.cat([h[p].flatten() for p in encoder.parameters()])
+        nearest = (all_h @ (all_h - all_g)) / (all_g - all_h).square().sum().clamp_min(1e-30)
+        w = torch.where(all_g @ all_h > 0, 0.5, nearest)
         for p in encoder.parameters():
             new = 2 * w * g[p] + 2 * (1 - w) * h[p]
             longer = p.grad.norm() / new.norm().clamp_min(1e-30)
             p.grad = gamma * longer.clamp_min(1) * new
-    return joint_loss, logits
+    return out.loss, out.logits
 
 
 def dgl(model, inputs, labels, t, alpha=4.0):
@@ -452,19 +446,20 @@ def inforeg(model, inputs, labels, t, beta=0.9, threshold=0.04):
     if getattr(model, "anchor_epoch", None) != epoch:
         model.anchor_epoch = epoch
         model.anchor = {p: p.detach().clone() for p in model.encoders.parameters()}
-    features, logits, joint_loss, unimodal_loss = joint_and_unimodal(model, inputs, labels)
-    (joint_loss + unimodal_loss).backward()
+    out = compare(model, inputs, labels)
+    (out.loss + out.unimodal_loss).backward()
     squares = [sum(p.grad.square().sum() for p in encoder.parameters()) for encoder in model.encoders.values()]
     model.traces[epoch] += average(torch.stack(squares))  # section 8: over the processes
     if epoch < 2:
-        return joint_loss, logits
+        return out.loss, out.logits
     before, last = model.traces[epoch - 2 : epoch]
     is_open = last - before > threshold * last  # (M,)
-    for k, (m, (own, others)) in enumerate(modality_scores(model, features, labels).items()):
-        pull = torch.where(is_open[k] & (own > others), torch.exp(beta * torch.tanh(own - others)), 0.0)
-        for p in model.encoders[m].parameters():
+    for k, (m, encoder) in enumerate(model.encoders.items()):
+        delta = out.s[m] - out.others[m]
+        pull = torch.where(is_open[k] & (delta > 0), torch.exp(beta * torch.tanh(delta)), 0.0)
+        for p in encoder.parameters():
             p.grad += pull * (p.detach() - model.anchor[p])
-    return joint_loss, logits
+    return out.loss, out.logits
 
 
 def relearn_same(model, initial, gaps, lam):
@@ -515,14 +510,10 @@ def relearn_new(model, initial, gaps, lam):
     return relearn(model, initial_weights(another), gaps, lam)
 
 
-def relearn_equal(model, initial, gaps, lam):
-    """D&R by max(0, P_train - P_val) of equally many clips."""
-    return relearn(model, initial, gaps, lam)  # the gaps are those of equal_gap
-
-
 def equal_gap(x_train, y_train, x_val, y_val, n_clusters, n_init=10):
-    """purity_gap without two biases: the purity of fewer clips is larger by luck, and of another person's clips it may
-    be larger in truth; neither is learning -> (P_train, P_val, g), of as many clips as the smaller set has, drawn."""
+    """D&R by max(0, P_train - P_val) of equally many clips.
+    Without two biases of purity_gap: the purity of fewer clips is larger by luck, and of another person's clips it may be
+    larger in truth; neither is learning -> (P_train, P_val, g), of as many clips as the smaller set has, drawn."""
     n = min(len(y_train), len(y_val))
     some = torch.randperm(len(y_train))[:n].numpy()
     others = torch.randperm(len(y_val))[:n].numpy()
@@ -530,29 +521,28 @@ def equal_gap(x_train, y_train, x_val, y_val, n_clusters, n_init=10):
     return p_train, p_val, max(0.0, p_train - p_val)
 
 
-MEASURES = {"dr-equal": equal_gap}  # {--method: how its gaps are measured}; all others' are purity_gap
-
-
-def noise_floor(measure, x_train, y_train, x_val, y_val, n_clusters, shuffles=3):
-    """The gap that luck alone gives, with labels that are shuffled: a mean, by k-means of one start."""
+def with_floor(measure, x_train, y_train, x_val, y_val, n_clusters, n_init=10, shuffles=3):
+    """A measure's (P_train, P_val, g), and the floor of g: what luck alone gives, with labels that are shuffled; a mean,
+    by k-means of one start."""
     rng = np.random.default_rng(0)
-    gaps = []
+    found = measure(x_train, y_train, x_val, y_val, n_clusters, n_init)
+    lucky = []
     for _ in range(shuffles):
-        shuffled = measure(x_train, rng.permutation(y_train), x_val, rng.permutation(y_val), n_clusters, n_init=1)
-        gaps.append(shuffled[2])
-    return float(np.mean(gaps))
+        lucky.append(measure(x_train, rng.permutation(y_train), x_val, rng.permutation(y_val), n_clusters, n_init=1)[2])
+    return *found, float(np.mean(lucky))
 
 
 for method in (multitask, ogm, ogm_ge, mlb, opm, mmpareto, dgl, inforeg):
     METHODS[method.__name__.replace("_", "-")] = method
-METHODS["multitask+dr"] = multitask_relearnt
+METHODS["multitask+dr"] = multitask
 COMPARING = METHODS.keys() - {"joint", "dr"}  # they take two modalities at least, and a fusion with `parts`
-RELEARNING["multitask+dr"] = relearn
 for ablation in (relearn_same, relearn_hard, relearn_largest, relearn_smallest, relearn_statistics, relearn_momentum,
-                 relearn_new, relearn_equal):  # fmt: skip
-    name = ablation.__name__.replace("relearn_", "dr-")
-    RELEARNING[name] = ablation
-    METHODS[name] = joint
+                 relearn_new):  # fmt: skip
+    RELEARNING[ablation.__name__.replace("relearn_", "dr-")] = ablation
+RELEARNING |= {"multitask+dr": relearn, "dr-equal": relearn}
+for name in RELEARNING:
+    METHODS.setdefault(name, joint)
+MEASURES = {"dr-equal": equal_gap}  # {--method: how its gaps are measured}; all others' are purity_gap
 
 
 # ---- 7  Other encoders and fusions: what has tokens, some of which may be padding ---------------------------------
@@ -791,18 +781,16 @@ def shorten(name, most=100):
     return name.encode()[: most - 9].decode(errors="ignore") + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
-def differences(config, settings):
-    """In what a run differs from the stored settings of another; where they run is not among it."""
-    return [k for k, v in config.stored().items() if k not in ("device", "data", "out") and v != settings.get(k)]
-
-
 def is_done(config):
     """Has this very run been finished, on whatever device? Raises DataError if its folder holds another one."""
-    if not (config.folder / "summary.json").exists():
-        return False
-    if differences(config, json.loads((config.folder / "config.json").read_text())):
-        raise data.DataError(f"{config.folder} holds another finished run: give a --name, or delete it")
-    return True
+    held = [name for name in ("summary.json", "last.pt") if (config.folder / name).exists()]
+    if held:
+        before = json.loads((config.folder / "config.json").read_text())
+        differ = [key for key, value in config.stored().items() if key not in PLACES and value != before.get(key)]
+        if differ:
+            other = f"{config.folder} holds a run with another {', '.join(differ)}"
+            raise data.DataError(f"{other}: finish or delete that, or give a --name")
+    return "summary.json" in held
 
 
 @contextlib.contextmanager
@@ -818,11 +806,16 @@ def begin(config):
         torch.manual_seed(config.seed)
         model = make_model(config, dataset, device)
         optimiser = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-        run = SimpleNamespace(config=config, dataset=dataset, model=model, optimiser=optimiser)
-        run.history = []
-        run.best_weights = None  # of the epoch that is the best on validation so far
-        run.relearnings = 0
-        run.relearn = RELEARNING.get(config.method)
+        run = SimpleNamespace(
+            config=config,
+            dataset=dataset,
+            model=model,
+            optimiser=optimiser,
+            history=[],
+            best_weights=None,  # of the epoch that is the best on validation so far
+            relearnings=0,
+            relearn=RELEARNING.get(config.method),
+        )
         if run.relearn is relearn_momentum:
             run.relearn = partial(relearn_momentum, optimiser=optimiser)
         yield run
@@ -910,6 +903,7 @@ def remaining_epochs(run):
     """Yield the numbers of the epochs that are left to train: all, or those that a stopped run of this config lacks.
     Before one, every half a minute, a checkpoint is written; on a CPU a resumed run ends bit for bit as if it had not
     been stopped."""
+    is_done(run.config)  # refuses the folder of another run
     resume(run)
     if is_main():
         start_run(run)
@@ -960,11 +954,7 @@ def evaluate_epoch(run, entry):
 def diagnose_run(run):
     """`diagnose` a run on the main process -> {modality: {"P_train", "P_val", "gap", "floor"}}, for all processes."""
     dataset = run.dataset
-    gap = MEASURES.get(run.config.method, purity_gap)
-
-    def measure(*features_and_n_init):
-        return *gap(*features_and_n_init), noise_floor(gap, *features_and_n_init[:-1])
-
+    measure = partial(with_floor, MEASURES.get(run.config.method, purity_gap))
     box = [None]
     if is_main():
         with threadpool_limits(torch.get_num_threads()):
@@ -1029,38 +1019,35 @@ def save(config, name, **content):
 
 
 def read_checkpoint(path):
-    """A checkpoint's content, on the CPU, and its config; raises DataError, or OSError if it cannot be opened."""
+    """A checkpoint's content, on the CPU; raises DataError, or OSError if it cannot be opened."""
     with open(path, "rb") as file, data.explained(f"{path} is no checkpoint of this dr.py, or it is damaged"):
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        return content, Config(**{k: v for k, v in content["config"].items() if k != "manifest"})
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def resume(run):
     """Take up the unfinished run of this config, if there is one."""
-    config = run.config
-    path = config.folder / "last.pt"
-    if not path.exists():
-        return
-    content, _ = read_checkpoint(path)
-    if differ := ", ".join(differences(config, content["config"])):
-        raise data.DataError(f"{path} is of a run with another {differ}: finish or delete that, or give a --name")
-    with data.explained(f"{path} is not of a run on the {config.dataset} in {config.data}: delete it"):
-        run.model.load_state_dict(content["model"])
-        run.optimiser.load_state_dict(content["optimiser"])
-        run.history = content["history"]
-        run.best_weights = content["best"]
-        run.relearnings = sum(entry.get("relearnt", False) for entry in run.history)
+    path = run.config.folder / "last.pt"
+    if path.exists():
+        content = read_checkpoint(path)
+        with data.explained(f"{path} cannot be resumed: delete it"):
+            run.model.load_state_dict(content["model"])
+            run.optimiser.load_state_dict(content["optimiser"])
+            run.history = content["history"]
+            run.best_weights = content["best"]
+            run.relearnings = sum(entry.get("relearnt", False) for entry in run.history)
 
 
 def load_run(path, **changes):
     """A run's best.pt -> its model, dataset and config; `changes` replace what has moved, such as data, device."""
-    content, config = read_checkpoint(path)
-    config = replace(config, **changes)
-    dataset = load_dataset(config)
-    model = make_model(config, dataset, set_up(config))
-    with data.explained(f"{path} is not of a run on the {config.dataset} that is in {config.data}"):
-        if differences(config, content["config"]):
+    content = read_checkpoint(path)
+    with data.explained(f"{path} is not of a run of this dr.py on the data that is there"):
+        settings = content["config"] | changes
+        manifest = settings.pop("manifest")
+        config = Config(**settings)
+        if config.stored()["manifest"] != manifest:
             raise ValueError("another manifest")
+        dataset = load_dataset(config)
+        model = make_model(config, dataset, set_up(config))
         model.load_state_dict(content["model"])
     return model, dataset, config
 
@@ -1070,7 +1057,6 @@ def start_run(run):
     """Write the run's config, and say what is about to be trained."""
     config = run.config
     dataset = run.dataset
-    is_done(config)  # refuses another
     (config.folder / "summary.json").unlink(missing_ok=True)  # only a finished run has one
     data.write_json(config.folder / "config.json", config.stored())
     sizes = " / ".join(f"{len(split):,}" for split in (dataset.train, dataset.val, dataset.test))
@@ -1178,24 +1164,24 @@ def contributions(model, split):
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
 MARKERS = "os^Dv<"
-verbatim = matplotlib.rc_context({"text.parse_math": False})  # names that others gave are no mathematics
+styled = matplotlib.rc_context({
+    "text.parse_math": False,  # names that others gave are no mathematics
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+})  # fmt: skip
 
 
-def panels(rows, columns, size, **shared):
-    """A figure and its axes (rows, columns), without pyplot, which may want a screen, or a notebook."""
-    figure = Figure(size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
-
-
-def save_figure(figure, path, caption=""):
-    """Write a picture, without frames, with the command that made it below it."""
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
+def save_figure(figure, path, caption):
+    """Write a picture, with the command that made it below it."""
     figure.supxlabel(caption, x=0.01, ha="left", wrap=True, family="monospace", fontsize=7, color="0.35")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
 
 
-@verbatim
+@styled
 def draw_curves(history, path, title):
     """Accuracy, purity gap, re-learning strength and, if tracked, test purity over the epochs (paper, Fig. 4)."""
     log = pd.json_normalize(history).set_index("epoch")  # columns such as diagnosis.audio.gap
@@ -1207,28 +1193,28 @@ def draw_curves(history, path, title):
         "test purity P": log.filter(regex="^test_purity"),
     }
     drawn = {label: values for label, values in drawn.items() if values.size}
-    figure, axes = panels(len(drawn), 1, (7, 1 + 2 * len(drawn)), sharex=True)
-    for axis, (label, values) in zip(axes[:, 0], drawn.items()):
-        colours = ["0.6", COLOURS[2], "black"] if label == "accuracy in %" else COLOURS
-        for column, colour in zip(values, colours):
-            name = column.split(".")[1] if "." in column else column
-            axis.plot(values[column], ".-", color=colour, label=name)
-        axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
-        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure = Figure((7, 1 + 2 * len(drawn)))  # without pyplot, which may want a screen, or a notebook
+    axes = figure.subplots(len(drawn), sharex=True, squeeze=False)[:, 0]
+    axes[0].set_prop_cycle(color=["0.6", COLOURS[2], "black"])  # no modality's
+    for axis, (label, values) in zip(axes, drawn.items()):
+        names = values.columns.str.replace(r"^(diagnosis|test_purity)\.|\.(gap|strength)$", "", regex=True)
+        axis.plot(values, ".-", label=list(names))
+        axis.set(ylabel=label, ylim=(0, None))
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         axis.vlines(relearnt.index, 0, 1, color="0.85", zorder=0, transform=axis.get_xaxis_transform())
-    axes[0, 0].set_title(title)
-    axes[-1, 0].set_xlabel("epoch; grey lines: re-learning")
-    save_figure(figure, path)
+    axes[0].set_title(title)
+    axes[-1].set_xlabel("epoch; grey lines: re-learning")
+    figure.savefig(path)
 
 
-@verbatim
+@styled
 def draw_tsne(path, **changes):
     """t-SNE of each encoder's features of the test set, coloured by class (paper, Fig. 3) -> tsne.png beside it."""
     model, dataset, _ = load_run(path, **changes)
     features, labels = extract_features(model, dataset.test)
-    figure, axes = panels(1, len(features), (3.4 * len(features) + 1.2, 3.5))
-    for axis, (m, x) in zip(axes[0], features.items()):
+    figure = Figure((3.4 * len(features) + 1.2, 3.5))
+    axes = figure.subplots(1, len(features), squeeze=False)[0]
+    for axis, (m, x) in zip(axes, features.items()):
         plane = TSNE(perplexity=max(1, min(30, len(x) // 4)), init="pca", random_state=0)
         with threadpool_limits(1):  # several threads have waited for each other two hundred times as long
             x2 = plane.fit_transform(StandardScaler().fit_transform(x))  # (N, 2)
@@ -1237,7 +1223,7 @@ def draw_tsne(path, **changes):
         axis.set_title(f"{m}, purity {purity(x, labels, len(dataset.classes)):.2f}", loc="left")
         axis.set_axis_off()
     if len(dataset.classes) <= 10:
-        axes[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     picture = Path(path).parent / "tsne.png"
     save_figure(figure, picture, f"python dr.py --tsne {path}")
     return picture
@@ -1350,37 +1336,35 @@ def tabulate(runs, names, found):
     method with all else alike, or to the first setting, and paired over seeds."""
     first = "method" if "method" in names else "setting"
     alike = ["seed", *(name for name in names if first == "method" and name != "method")]
+    versus = f"vs {runs[first][0]}"
     reference = runs["accuracy"].where(runs[first] == runs[first][0])
-    runs["difference"] = runs["accuracy"] - reference.groupby([runs[name] for name in alike]).transform("first")
+    runs[versus] = runs["accuracy"] - reference.groupby([runs[name] for name in alike]).transform("first")
     groups = runs.groupby("setting", sort=False)
-    half = groups["difference"].sem() * stats.t.ppf(0.975, groups.size() - 1)  # Student's t
     table = pd.DataFrame(index=list(groups.groups))
-    for column in found:
-        style = ".1f" if column.startswith(("accuracy", "macro", "probe")) else ".2f"
-        table[column] = plus_minus(groups[column].mean(), groups[column].std(), style)
-    versus = plus_minus(groups["difference"].mean(), half, "+.1f").where(groups[first].first() != runs[first][0], "")
-    table.insert(1, f"vs {runs[first][0]}", versus)
+    for column in ["accuracy", versus, *found[1:]]:
+        style = "{:.2f}" if column.startswith(("contribution", "seconds", "strength")) else "{:.1f}"
+        means = groups[column].mean().map(style.format)
+        spreads = groups[column].std()
+        if column == versus:
+            means = groups[column].mean().map("{:+.1f}".format)
+            spreads = groups[column].sem() * stats.t.ppf(0.975, groups.size() - 1)  # Student's t
+        table[column] = (means + spreads.map(f" ± {style}".format)).str.replace(r"( ± |\+)?nan", "", regex=True)
+    table.loc[groups[first].first() == runs[first][0], versus] = ""
     return table
 
 
-def plus_minus(means, spreads, style):
-    """Two Series as one of text; without what there is not."""
-    texts = [f"{mean:{style}} ± {spread:{style[-3:]}}" for mean, spread in zip(means, spreads)]
-    return pd.Series(texts, means.index).str.replace(r"( ± |\+)?nan", "", regex=True)
-
-
-@verbatim
+@styled
 def draw_sweep(runs, path, caption):
     """A panel per metric: a bar with one standard deviation per setting, and a dot per run."""
     found = sorted(runs.filter(regex="^(accuracy|probe|contribution|strength)"))
-    size = (3 * len(found) + 1, 1.4 + 0.26 * runs["setting"].nunique())
-    figure, axes = panels(1, len(found), size, sharey=True)
-    for axis, column in zip(axes[0], found):
+    figure = Figure((3 * len(found) + 1, 1.4 + 0.26 * runs["setting"].nunique()))
+    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axis, column in zip(axes, found):
         values = runs.groupby("setting", sort=False)[column]
         axis.barh(list(values.groups), values.mean(), xerr=values.std(), color=COLOURS[5])
         axis.plot(runs[column], runs["setting"], ".", color="black", markersize=3)
         axis.set_title(column)
-    axes[0, 0].invert_yaxis()  # the first row on top
+    axes[0].invert_yaxis()  # the first row on top
     save_figure(figure, path, caption)
 
 
@@ -1392,10 +1376,11 @@ def parse(arguments=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    what_is_special = METHODS | RELEARNING | MEASURES
     methods = []
-    for name, method in METHODS.items():
-        function = RELEARNING.get(name, joint) if method is joint else method
-        methods.append(f"  {name:<13} {(function.__doc__ or 'your own').splitlines()[0]}")
+    for name in METHODS:
+        lines = (what_is_special[name].__doc__ or "your own").splitlines()
+        methods.append(f"  {name:<13} {lines[0]}")
     presets = pd.DataFrame(PRESETS).T.to_string()
     parser.epilog = "\n".join(["methods:", *methods, "", "presets (other datasets have cremad's):", presets])
     for f in fields(Config):
