@@ -300,7 +300,7 @@ def train(config):
                 strengths = {m: relearning_strength(gap, config.lam) for m, gap in gaps.items()}
                 entry["relearnt"] = config.method in RELEARNING and run.relearnings < config.times
                 if entry["relearnt"]:
-                    strengths = run.relearn(run.model, initial, gaps, config.lam)
+                    strengths = RELEARNING[config.method](run.model, initial, gaps, config.lam)
                     run.relearnings += 1
                 entry["diagnosis"] = {m: diagnosis[m] | {"strength": strengths[m]} for m in gaps}
 
@@ -494,13 +494,13 @@ def relearn_statistics(model, initial, gaps, lam):
     return strengths
 
 
-def relearn_momentum(model, initial, gaps, lam, optimiser):
+def relearn_momentum(model, initial, gaps, lam):
     """D&R, and the optimiser's momentum set to 0."""
     strengths = relearn(model, initial, gaps, lam)
     for m, strength in strengths.items():
         for p in model.encoders[m].parameters():
             if strength > 0:
-                optimiser.state.pop(p, None)
+                model.optimiser.state.pop(p, None)
     return strengths
 
 
@@ -555,10 +555,7 @@ def transformer(width, layers):
 
 def masked_mean(tokens, padding):
     """The mean over those of the tokens (B, N, D) that are not padding (B, N) -> (B, D), in fp32."""
-    tokens = tokens.float()
-    if padding is None:
-        return tokens.mean(1)
-    return tokens.masked_fill(padding[..., None], 0).sum(1) / (~padding).sum(1, keepdim=True)
+    return tokens.float().masked_fill(padding[..., None], 0).sum(1) / (~padding).sum(1, keepdim=True)
 
 
 class SequenceTransformer(nn.Module):
@@ -652,11 +649,12 @@ class Gated(nn.Module):
 
 
 def tokens_of(encoder, x):
-    """One token per place of an encoder's maps, or per patch of a sequence -> (B, N, D), and padding (B, N) or None."""
+    """One token per place of an encoder's maps, or per patch of a sequence -> (B, N, D), and which are padding (B, N)."""
     if hasattr(encoder, "tokens"):
         return encoder.tokens(x)
     maps = encoder.network(x.flatten(0, -4))  # (B * T, D, h, w)
-    return maps.flatten(2).mT.reshape(len(x), -1, encoder.width), None
+    tokens = maps.flatten(2).mT.reshape(len(x), -1, encoder.width)
+    return tokens, torch.zeros(tokens.shape[:2], dtype=torch.bool, device=x.device)
 
 
 class BottleneckModel(MultimodalModel):
@@ -678,15 +676,14 @@ class BottleneckModel(MultimodalModel):
         S = len(self.bottleneck)
         x = {}
         padding = {}
-        mask = {}  # padding, behind the bottleneck
         for m, encoder in self.encoders.items():
             tokens, padding[m] = tokens_of(encoder, inputs[m])
             x[m] = encoder.project(tokens)  # (B, N, width)
-            mask[m] = None if padding[m] is None else F.pad(padding[m], (S, 0))
         shared = self.bottleneck.expand(len(tokens), -1, -1)  # (B, S, width)
         for k in range(self.depth):
             for m, encoder in self.encoders.items():
-                x[m] = encoder.bottleneck_layers[k](torch.cat([shared, x[m]], 1), src_key_padding_mask=mask[m])
+                mask = F.pad(padding[m], (S, 0))
+                x[m] = encoder.bottleneck_layers[k](torch.cat([shared, x[m]], 1), src_key_padding_mask=mask)
             shared = sum(y[:, :S] for y in x.values()) / len(x)
             x = {m: y[:, S:] for m, y in x.items()}
         return {m: masked_mean(x[m], padding[m]) for m in x}
@@ -806,6 +803,7 @@ def begin(config):
         torch.manual_seed(config.seed)
         model = make_model(config, dataset, device)
         optimiser = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+        model.optimiser = optimiser  # dr-momentum's
         run = SimpleNamespace(
             config=config,
             dataset=dataset,
@@ -814,10 +812,7 @@ def begin(config):
             history=[],
             best_weights=None,  # of the epoch that is the best on validation so far
             relearnings=0,
-            relearn=RELEARNING.get(config.method),
         )
-        if run.relearn is relearn_momentum:
-            run.relearn = partial(relearn_momentum, optimiser=optimiser)
         yield run
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -877,9 +872,9 @@ class InBf16:
         with torch.autocast(self.device.type, torch.bfloat16):
             return {m: x.float() for m, x in super().features(inputs).items()}
 
-    def mean_tokens(self, inputs):  # a BottleneckModel's
+    def mean_tokens(self, inputs):  # a BottleneckModel's, which are fp32
         with torch.autocast(self.device.type, torch.bfloat16):
-            return {m: x.float() for m, x in super().mean_tokens(inputs).items()}
+            return super().mean_tokens(inputs)
 
 
 def make_model(config, dataset, device="cpu"):
@@ -1006,9 +1001,9 @@ def metrics(scores, labels):
     return {"accuracy": 100 * float((predicted == labels).mean()), "macro F1": 100 * float(f1)}
 
 
-def evaluate(model, split, batch_size=128):
-    """Accuracy and macro F1, in per cent, over a whole split."""
-    return metrics(*predict(model, split, batch_size))
+def evaluate(model, split):
+    """`metrics` of a whole split."""
+    return metrics(*predict(model, split))
 
 
 def save(config, name, **content):
@@ -1102,24 +1097,30 @@ def finish(run):
     if not is_main():
         return
     config = run.config
-    dataset = run.dataset
     history = run.history
     best = max(history, key=lambda entry: entry["val"])  # the first of the best
     run.model.load_state_dict(run.best_weights)
     save(config, "best.pt", epoch=best["epoch"], model=run.model.state_dict())
-    logits, labels = predict(run.model, dataset.test)
+    logits, labels = predict(run.model, run.dataset.test)
     np.savez(config.folder / "test.npz", logits=logits, labels=labels)
-    relearnt = [e["diagnosis"] for e in history if e.get("relearnt")]
-    seconds = sum(entry["seconds"] for entry in history)
-    strength = {m: np.mean([d[m]["strength"] for d in relearnt]) for m in dataset.shapes if relearnt}
-    summary = {"name": config.name, "accuracy": best["test"], "macro F1": best["test_f1"], "strength": strength}
-    summary |= {"seconds": seconds, "seconds per epoch": seconds / len(history)}
-    summary |= {"best_val": best, "last": history[-1], "best_test": max(history, key=lambda entry: entry["test"])}
+    relearnt = pd.json_normalize([entry for entry in history if entry.get("relearnt")])
+    strengths = {m: relearnt[f"diagnosis.{m}.strength"].mean() for m in run.dataset.shapes if len(relearnt)}
+    summary = {
+        "name": config.name,
+        "accuracy": best["test"],
+        "macro F1": best["test_f1"],
+        "strength": strengths,  # means over the re-learnings
+        "seconds": sum(entry["seconds"] for entry in history),
+        "seconds per epoch": float(np.mean([entry["seconds"] for entry in history])),
+        "best_val": best,
+        "last": history[-1],
+        "best_test": max(history, key=lambda entry: entry["test"]),
+    }
     data.write_json(config.folder / "summary.json", summary)
     print(SUMMARY.format(config=config, **summary))
-    known = {"probe": attempt(probe, run.model, dataset.train, dataset.test)}
-    if len(dataset.shapes) > 1 and hasattr(run.model.fusion, "parts"):
-        known["contribution"] = attempt(contributions, run.model, dataset.test)
+    known = {"probe": attempt(probe, run.model, run.dataset.train, run.dataset.test)}
+    if len(run.dataset.shapes) > 1 and hasattr(run.model.fusion, "parts"):
+        known["contribution"] = attempt(contributions, run.model, run.dataset.test)
     data.write_json(config.folder / "summary.json", summary | known)
     (config.folder / "last.pt").unlink(missing_ok=True)  # only an unfinished run has one
     print(pd.DataFrame(known).to_string(float_format="{:.2f}".format, col_space=14))
@@ -1153,12 +1154,13 @@ def contributions(model, split):
     shapley = dict.fromkeys(features, 0.0)
     orders = list(itertools.permutations(features))
     for order in orders:
+        kept = {m: torch.zeros(x.shape, device=model.device) for m, x in features.items()}
         before = 0.0
         for size, m in enumerate(order, start=1):
-            kept = {n: torch.tensor(x * (n in order[:size]), device=model.device) for n, x in features.items()}
-            right = metrics(model.fusion(kept).cpu().numpy(), labels)["accuracy"] / 100
-            shapley[m] += (size * right - before) / len(orders)
-            before = size * right
+            kept[m] += torch.tensor(features[m], device=model.device)
+            right = model.fusion(kept).argmax(1).cpu().numpy() == labels
+            shapley[m] += (size * right.mean() - before) / len(orders)
+            before = size * right.mean()
     return shapley
 
 
@@ -1231,7 +1233,7 @@ def draw_tsne(path, **changes):
 
 # ---- 10  Sweeps: a grid of runs, averaged over seeds --------------------------------------------------------------
 def expand(words, base):
-    """The configs of a grid such as ["method=joint,dr", "seed=0,1"] over the flags `base`."""
+    """A grid such as ["method=joint,dr", "seed=0,1"] over the flags `base` -> its fields, and its configs."""
     grid = {}
     for word in words:
         key, _, values = word.partition("=")
@@ -1243,7 +1245,7 @@ def expand(words, base):
             grid[key] = [kind(value) for value in values.split(",")]
         except (ValueError, KeyError):
             raise ValueError(f"--sweep takes words such as method=joint,dr or lam=1,2.5, not {word!r}") from None
-    return [Config(**base | dict(zip(grid, values))) for values in itertools.product(*grid.values())]
+    return list(grid), [Config(**base | dict(zip(grid, values))) for values in itertools.product(*grid.values())]
 
 
 def train_quietly(settings, methods, relearning):
@@ -1291,17 +1293,18 @@ def run_all(configs, jobs=None):
 
 def sweep(words, base, jobs=None, name=""):
     """Run the grid that `words` span over the flags `base`, and report it -> a DataFrame with a row per run."""
-    configs = expand(words, base)
-    shapes = {d: load_dataset(Config(dataset=d, data=f)).shapes for d, f in {(c.dataset, c.data) for c in configs}}
+    names, configs = expand(words, base)
+    one_of_each = {c.dataset: Config(dataset=c.dataset, data=c.data) for c in configs}
+    shapes = {name: load_dataset(c).shapes for name, c in one_of_each.items()}
     configs = [c for c in configs if not why_undefined(c, c.modalities or "+".join(shapes[c.dataset]))]
     if not configs:
         raise data.DataError("no method of this sweep is defined for its modalities and its fusion")
     if len({c.folder for c in configs}) < len(configs):
         raise data.DataError("this sweep would write two of its runs into the same folder")
     run_all(configs, jobs)
-    names = [word.partition("=")[0].replace("-", "_") for word in words if word[:5] != "seed="] or ["method"]
     rows = [asdict(c) | json.loads((c.folder / "summary.json").read_text()) for c in configs]
     runs = pd.json_normalize(rows + ensembles(configs), sep=" ")
+    names = [name for name in names if name != "seed"] or ["method"]
     runs.insert(0, "setting", runs[names].astype(str).agg(", ".join, axis=1))
     found = sorted(runs.filter(regex="^(accuracy|macro|probe|contribution|strength|seconds per)"))
     table = tabulate(runs, names, found)
@@ -1332,25 +1335,31 @@ def ensembles(configs):
 
 
 def tabulate(runs, names, found):
-    """Means over seeds of the columns `found`, as text, a row per setting. The differences in accuracy are to the first
-    method with all else alike, or to the first setting, and paired over seeds."""
+    """The columns `found` as text, a row per setting. The differences in accuracy are to the first method with all else
+    alike, or to the first setting, and paired over seeds."""
     first = "method" if "method" in names else "setting"
     alike = ["seed", *(name for name in names if first == "method" and name != "method")]
+    others = runs[first] != runs[first][0]
     versus = f"vs {runs[first][0]}"
-    reference = runs["accuracy"].where(runs[first] == runs[first][0])
-    runs[versus] = runs["accuracy"] - reference.groupby([runs[name] for name in alike]).transform("first")
+    reference = runs["accuracy"].mask(others).groupby([runs[name] for name in alike]).transform("first")
+    runs[versus] = (runs["accuracy"] - reference).where(others)
     groups = runs.groupby("setting", sort=False)
-    table = pd.DataFrame(index=list(groups.groups))
-    for column in ["accuracy", versus, *found[1:]]:
-        style = "{:.2f}" if column.startswith(("contribution", "seconds", "strength")) else "{:.1f}"
-        means = groups[column].mean().map(style.format)
-        spreads = groups[column].std()
-        if column == versus:
-            means = groups[column].mean().map("{:+.1f}".format)
-            spreads = groups[column].sem() * stats.t.ppf(0.975, groups.size() - 1)  # Student's t
-        table[column] = (means + spreads.map(f" ± {style}".format)).str.replace(r"( ± |\+)?nan", "", regex=True)
-    table.loc[groups[first].first() == runs[first][0], versus] = ""
-    return table
+    return groups[["accuracy", versus, *found[1:]]].agg(plus_minus).rename_axis(None)
+
+
+def plus_minus(values):
+    """A column over seeds, as text: mean ± standard deviation; of differences, half of Student's 95 % interval."""
+    values = values.dropna()
+    if values.empty:
+        return ""
+    style = ".2f" if values.name.startswith(("contribution", "seconds", "strength")) else ".1f"
+    sign = ""
+    spread = values.std()
+    if values.name.startswith("vs "):
+        sign = "+"
+        spread = values.sem() * stats.t.ppf(0.975, len(values) - 1)
+    mean = f"{values.mean():{sign}{style}}"
+    return f"{mean} ± {spread:{style}}" if len(values) > 1 else mean
 
 
 @styled

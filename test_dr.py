@@ -924,8 +924,8 @@ def relearnt_by(method, gaps):
             optimiser.state[p]["momentum_buffer"] = torch.full_like(p, 3)
         for buffer in model.buffers():
             buffer.fill_(2)
-    more = {"optimiser": optimiser} if method == "dr-momentum" else {}
-    return model, optimiser, dr.RELEARNING[method](model, initial, gaps, 3.0, **more)
+    model.optimiser = optimiser
+    return model, optimiser, dr.RELEARNING[method](model, initial, gaps, 3.0)
 
 
 @pytest.mark.parametrize("method", list(dr.RELEARNING))
