@@ -522,14 +522,14 @@ def equal_gap(x_train, y_train, x_val, y_val, n_clusters, n_init=10):
 
 
 def with_floor(measure, x_train, y_train, x_val, y_val, n_clusters, n_init=10, shuffles=3):
-    """A measure's (P_train, P_val, g), and the floor of g: what luck alone gives, with labels that are shuffled; a mean,
-    by k-means of one start."""
-    rng = np.random.default_rng(0)
+    """A measure's P_train, P_val and gap, and the floor of the gap: what luck alone gives, with labels that are shuffled,
+    a mean, by k-means of one start."""
     found = measure(x_train, y_train, x_val, y_val, n_clusters, n_init)
+    rng = np.random.default_rng(0)
     lucky = []
     for _ in range(shuffles):
         lucky.append(measure(x_train, rng.permutation(y_train), x_val, rng.permutation(y_val), n_clusters, n_init=1)[2])
-    return *found, float(np.mean(lucky))
+    return dict(zip(("P_train", "P_val", "gap"), found), floor=float(np.mean(lucky)))
 
 
 for method in (multitask, ogm, ogm_ge, mlb, opm, mmpareto, dgl, inforeg):
@@ -703,8 +703,12 @@ PRESETS = {
     "cremad": OFFICIAL,  # the official code's, and any other dataset's: the paper trains its video datasets alike
     "mosi": OFFICIAL | dict(epochs=30, batch_size=32, lr=0.01, every=6),
 }
-CHOICES = {"method": METHODS, "fusion": FUSIONS, "precision": ["auto", "bf16", "fp32"]}
-CHOICES["encoder"] = ["auto", "resnet18", "small", "vit"]
+CHOICES = {
+    "method": METHODS,
+    "fusion": FUSIONS,
+    "encoder": ["auto", "resnet18", "small", "vit"],
+    "precision": ["auto", "bf16", "fp32"],
+}
 LEAST = {"every": 1, "epochs": 1, "batch_size": 2, "n_init": 1}  # batch-norm takes two clips
 CHECKPOINT_SECONDS = 30  # a kill costs at most so much, and the epoch that it falls into
 ALL_THREADS = torch.get_num_threads()
@@ -956,7 +960,7 @@ def diagnose_run(run):
             box = [diagnose(run.model, dataset.train, dataset.val, len(dataset.classes), run.config.n_init, measure)]
     if dist.is_initialized():
         dist.broadcast_object_list(box)
-    return {m: dict(zip(("P_train", "P_val", "gap", "floor"), found)) for m, found in box[0].items()}
+    return box[0]
 
 
 def ranks():
@@ -1266,9 +1270,6 @@ def train_quietly(settings, methods, relearning):
 
 def run_all(configs, jobs=None):
     """Train what is not done yet, a process per GPU or core, or `jobs` of them; then DataError says what failed."""
-    import dr  # by this name, not as __main__, another process finds the function that it is to run
-
-    own = (METHODS, RELEARNING) if __name__ == "dr" else ({}, {})
     gpus = torch.cuda.device_count() if configs[0].device in ("auto", "cuda") else 0
     cores = data.cpu_count()
     jobs = jobs or gpus or (1 if torch.accelerator.is_available() and configs[0].device != "cpu" else cores)
@@ -1279,7 +1280,7 @@ def run_all(configs, jobs=None):
     try:
         with joblib.parallel_config("loky", inner_max_num_threads=max(1, cores // jobs)):
             side_by_side = joblib.Parallel(jobs, return_as="generator_unordered")
-            finished = side_by_side(joblib.delayed(dr.train_quietly)(settings, *own) for settings in todo)
+            finished = side_by_side(joblib.delayed(train_quietly)(settings, METHODS, RELEARNING) for settings in todo)
             for failure in tqdm(finished, f"{len(configs)} runs", len(todo), unit="run", disable=None, ncols=78):
                 failures += failure
     except BrokenExecutor:
@@ -1385,11 +1386,10 @@ def parse(arguments=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what_is_special = METHODS | RELEARNING | MEASURES
-    methods = []
-    for name in METHODS:
-        lines = (what_is_special[name].__doc__ or "your own").splitlines()
-        methods.append(f"  {name:<13} {lines[0]}")
+    about = METHODS | RELEARNING | MEASURES  # the last of them says what is special
+    about = {name: (function.__doc__ or "your own").splitlines()[0] for name, function in about.items()}
+    about["multitask+dr"] = "multitask, diagnosed and re-learnt as D&R is."
+    methods = [f"  {name:<13} {words}" for name, words in about.items()]
     presets = pd.DataFrame(PRESETS).T.to_string()
     parser.epilog = "\n".join(["methods:", *methods, "", "presets (other datasets have cremad's):", presets])
     for f in fields(Config):
@@ -1428,4 +1428,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import dr  # by this name, not as __main__, other processes find what they are to run
+
+    dr.main()

@@ -366,7 +366,7 @@ def test_a_diagnosis_is_each_modalitys_gap_and_changes_nothing(prepared):
 def test_the_floor_is_what_shuffled_labels_give():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(400, 5)).astype(np.float32), np.arange(400) % 10
-    floors = [dr.with_floor(dr.purity_gap, x, y, x[:n], y[:n], 10, 1)[3] for n in (40, 100, 400)]
+    floors = [dr.with_floor(dr.purity_gap, x, y, x[:n], y[:n], 10, 1)["floor"] for n in (40, 100, 400)]
     assert floors[0] > floors[1] > floors[2] and floors[2] < 0.03
     clusters = [KMeans(10, n_init=1, random_state=0).fit_predict(dr.minmax_scale(part, (-1, 1))) for part in (x, x[:40])]
     gaps = []
