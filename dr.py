@@ -512,7 +512,7 @@ def relearn_new(model, initial, gaps, lam):
 
 def equal_gap(x_train, y_train, x_val, y_val, n_clusters, n_init=10):
     """D&R by max(0, P_train - P_val) of equally many clips.
-    Without two biases of purity_gap: the purity of fewer clips is larger by luck, and of another person's clips it may be
+    purity_gap without two biases: the purity of fewer clips is larger by luck, and of another person's clips it may be
     larger in truth; neither is learning -> (P_train, P_val, g), of as many clips as the smaller set has, drawn."""
     n = min(len(y_train), len(y_val))
     some = torch.randperm(len(y_train))[:n].numpy()
@@ -522,8 +522,8 @@ def equal_gap(x_train, y_train, x_val, y_val, n_clusters, n_init=10):
 
 
 def with_floor(measure, x_train, y_train, x_val, y_val, n_clusters, n_init=10, shuffles=3):
-    """A measure's P_train, P_val and gap, and the floor of the gap: what luck alone gives, with labels that are shuffled,
-    a mean, by k-means of one start."""
+    """A measure's P_train, P_val and gap, and the gap's floor, what luck alone gives: the mean over labels that are
+    shuffled, by k-means of one start."""
     found = measure(x_train, y_train, x_val, y_val, n_clusters, n_init)
     rng = np.random.default_rng(0)
     lucky = []
@@ -649,7 +649,7 @@ class Gated(nn.Module):
 
 
 def tokens_of(encoder, x):
-    """One token per place of an encoder's maps, or per patch of a sequence -> (B, N, D), and which are padding (B, N)."""
+    """One token per place of an encoder's maps, or per patch of a sequence -> (B, N, D), and its padding (B, N)."""
     if hasattr(encoder, "tokens"):
         return encoder.tokens(x)
     maps = encoder.network(x.flatten(0, -4))  # (B * T, D, h, w)
@@ -703,12 +703,8 @@ PRESETS = {
     "cremad": OFFICIAL,  # the official code's, and any other dataset's: the paper trains its video datasets alike
     "mosi": OFFICIAL | dict(epochs=30, batch_size=32, lr=0.01, every=6),
 }
-CHOICES = {
-    "method": METHODS,
-    "fusion": FUSIONS,
-    "encoder": ["auto", "resnet18", "small", "vit"],
-    "precision": ["auto", "bf16", "fp32"],
-}
+CHOICES = {"method": METHODS, "fusion": FUSIONS, "precision": ["auto", "bf16", "fp32"]}
+CHOICES["encoder"] = ["auto", "resnet18", "small", "vit"]
 LEAST = {"every": 1, "epochs": 1, "batch_size": 2, "n_init": 1}  # batch-norm takes two clips
 CHECKPOINT_SECONDS = 30  # a kill costs at most so much, and the epoch that it falls into
 ALL_THREADS = torch.get_num_threads()
@@ -784,21 +780,20 @@ def shorten(name, most=100):
 
 def is_done(config):
     """Has this very run been finished, on whatever device? Raises DataError if its folder holds another one."""
-    held = [name for name in ("summary.json", "last.pt") if (config.folder / name).exists()]
-    if held:
+    done = (config.folder / "summary.json").exists()
+    if done or (config.folder / "last.pt").exists():
         before = json.loads((config.folder / "config.json").read_text())
         differ = [key for key, value in config.stored().items() if key not in PLACES and value != before.get(key)]
         if differ:
             other = f"{config.folder} holds a run with another {', '.join(differ)}"
             raise data.DataError(f"{other}: finish or delete that, or give a --name")
-    return "summary.json" in held
+    return done
 
 
 @contextlib.contextmanager
 def begin(config):
-    """All that a run works on, set up, its folder held against other processes -> a namespace, for a `with`.
-    Raises DataError for what does not fit together. Under torchrun every process has its own; the main process alone
-    evaluates, diagnoses, writes and prints."""
+    """All that a run works on, its folder held against other processes -> a namespace, for a `with`. Under torchrun
+    every process has its own; the main process alone evaluates, diagnoses, writes and prints."""
     device = set_up(config)
     dataset = load_dataset(config)
     with data.exclusive(config.folder) if is_main() else contextlib.nullcontext():
@@ -808,15 +803,10 @@ def begin(config):
         model = make_model(config, dataset, device)
         optimiser = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
         model.optimiser = optimiser  # dr-momentum's
-        run = SimpleNamespace(
-            config=config,
-            dataset=dataset,
-            model=model,
-            optimiser=optimiser,
-            history=[],
-            best_weights=None,  # of the epoch that is the best on validation so far
-            relearnings=0,
-        )
+        run = SimpleNamespace(config=config, dataset=dataset, model=model, optimiser=optimiser)
+        run.history = []
+        run.best_weights = None  # of the epoch that is the best on validation so far
+        run.relearnings = 0
         yield run
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -899,9 +889,8 @@ def make_model(config, dataset, device="cpu"):
 
 
 def remaining_epochs(run):
-    """Yield the numbers of the epochs that are left to train: all, or those that a stopped run of this config lacks.
-    Before one, every half a minute, a checkpoint is written; on a CPU a resumed run ends bit for bit as if it had not
-    been stopped."""
+    """Yield the epochs that are left to train. Every half a minute a checkpoint is written before one; on a CPU a
+    resumed run ends bit for bit as if it had not been stopped."""
     is_done(run.config)  # refuses the folder of another run
     resume(run)
     if is_main():
@@ -1179,12 +1168,7 @@ styled = matplotlib.rc_context({
     "legend.frameon": False,
     "savefig.dpi": 150,
 })  # fmt: skip
-
-
-def save_figure(figure, path, caption):
-    """Write a picture, with the command that made it below it."""
-    figure.supxlabel(caption, x=0.01, ha="left", wrap=True, family="monospace", fontsize=7, color="0.35")
-    figure.savefig(path)
+COMMAND = {"x": 0.01, "ha": "left", "wrap": True, "family": "monospace", "fontsize": 7, "color": "0.35"}
 
 
 @styled
@@ -1230,8 +1214,9 @@ def draw_tsne(path, **changes):
         axis.set_axis_off()
     if len(dataset.classes) <= 10:
         axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.supxlabel(f"python dr.py --tsne {path}", **COMMAND)
     picture = Path(path).parent / "tsne.png"
-    save_figure(figure, picture, f"python dr.py --tsne {path}")
+    figure.savefig(picture)
     return picture
 
 
@@ -1310,13 +1295,13 @@ def sweep(words, base, jobs=None, name=""):
     found = sorted(runs.filter(regex="^(accuracy|macro|probe|contribution|strength|seconds per)"))
     table = tabulate(runs, names, found)
     stem = Path(base["out"]) / (name or shorten("-".join(["sweep", Config(**base).name, *words])))
-    caption = "python " + shlex.join(sys.argv)
+    command = "python " + shlex.join(sys.argv)
     note = "± standard deviation over seeds; vs: paired over seeds, ± half its 95 % interval"
-    text = f"    {caption}\n\n{table.to_markdown(disable_numparse=True)}\n\n{note}\n"
+    text = f"    {command}\n\n{table.to_markdown(disable_numparse=True)}\n\n{note}\n"
     Path(f"{stem}.md").write_text(text, encoding="utf-8")
     runs[[*names, "seed", *found]].to_csv(f"{stem}.csv", index=False)
     print(f"\n{table.to_string(line_width=80)}\n\n{note}\n{stem}.md, .csv and .png")
-    attempt(draw_sweep, runs, f"{stem}.png", caption)
+    attempt(draw_sweep, runs, f"{stem}.png", command)
     return runs
 
 
@@ -1364,7 +1349,7 @@ def plus_minus(values):
 
 
 @styled
-def draw_sweep(runs, path, caption):
+def draw_sweep(runs, path, command):
     """A panel per metric: a bar with one standard deviation per setting, and a dot per run."""
     found = sorted(runs.filter(regex="^(accuracy|probe|contribution|strength)"))
     figure = Figure((3 * len(found) + 1, 1.4 + 0.26 * runs["setting"].nunique()))
@@ -1375,17 +1360,15 @@ def draw_sweep(runs, path, caption):
         axis.plot(runs[column], runs["setting"], ".", color="black", markersize=3)
         axis.set_title(column)
     axes[0].invert_yaxis()  # the first row on top
-    save_figure(figure, path, caption)
+    figure.supxlabel(command, **COMMAND)
+    figure.savefig(path)
 
 
 # ---- 11  Command line ---------------------------------------------------------------------------------------------
 def parse(arguments=None):
     """The command line -> (the fields of Config, all that was given); ends the program on what is wrong."""
-    parser = argparse.ArgumentParser(
-        usage="python dr.py [--flag value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage="python dr.py [--flag value ...]", description=__doc__, formatter_class=raw)
     about = METHODS | RELEARNING | MEASURES  # the last of them says what is special
     about = {name: (function.__doc__ or "your own").splitlines()[0] for name, function in about.items()}
     about["multitask+dr"] = "multitask, diagnosed and re-learnt as D&R is."

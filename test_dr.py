@@ -1694,7 +1694,7 @@ def test_names_of_classes_are_no_mathematics_and_none_is_hidden(tmp_path, monkey
     monkeypatch.setattr(dr, "load_run", lambda path, **changes: (None, dataset, None))
     monkeypatch.setattr(dr, "extract_features", lambda *words: (features, np.arange(30) % 3))
     drawn = []
-    monkeypatch.setattr(dr, "save_figure", lambda figure, *words: drawn.append(figure))
+    monkeypatch.setattr(dr.Figure, "savefig", lambda figure, path: drawn.append(figure))
     dr.draw_tsne(tmp_path / "best.pt")
     texts = drawn[0].axes[0].get_legend().get_texts()
     assert [text.get_text().strip() for text in texts] == names
