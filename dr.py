@@ -1030,14 +1030,15 @@ def resume(run):
 def load_run(path, **changes):
     """A run's best.pt -> its model, dataset and config; `changes` replace what has moved, such as data, device."""
     content = read_checkpoint(path)
-    with data.explained(f"{path} is not of a run of this dr.py on the data that is there"):
+    with data.explained(f"{path} is no checkpoint of this dr.py, or it is damaged"):
         settings = content["config"] | changes
         manifest = settings.pop("manifest")
         config = Config(**settings)
+    dataset = load_dataset(config)
+    model = make_model(config, dataset, set_up(config))
+    with data.explained(f"{path} is not of a run on the {config.dataset} that is in {config.data}"):
         if config.stored()["manifest"] != manifest:
             raise ValueError("another manifest")
-        dataset = load_dataset(config)
-        model = make_model(config, dataset, set_up(config))
         model.load_state_dict(content["model"])
     return model, dataset, config
 

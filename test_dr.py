@@ -1347,7 +1347,7 @@ def test_a_run_is_of_one_version_of_the_data(stopped, small_demo, tmp_path):
     before = best.read_bytes()
     assert_one_line(dr_main(*words, "--data", small_demo), "run holds a run with another manifest: finish or delete that")
     assert_one_line(dr_main(*words, "--epochs", 1), "run holds a run with another epochs: finish or delete that")
-    assert_one_line(dr_main("--evaluate", best, "--data", small_demo, "--device", "cpu"), "best.pt is not of a run of this dr.py on the data that is there", "another manifest")
+    assert_one_line(dr_main("--evaluate", best, "--data", small_demo, "--device", "cpu"), "is not of a run on the demo that is in", "another manifest")
     assert best.read_bytes() == before
 
 
