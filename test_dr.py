@@ -368,7 +368,7 @@ def test_a_diagnosis_is_each_modalitys_gap_and_changes_nothing(prepared):
 def test_the_floor_is_what_shuffled_labels_give():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(400, 5)).astype(np.float32), np.arange(400) % 10
-    floors = [dr.noise_floor(dr.purity_gap, x, y, x[:n], y[:n], 10) for n in (40, 100, 400)]
+    floors = [dr.with_floor(dr.purity_gap, x, y, x[:n], y[:n], 10, 1)["floor"] for n in (40, 100, 400)]
     assert floors[0] > floors[1] > floors[2] and floors[2] < 0.03
     clusters = [KMeans(10, n_init=1, random_state=0).fit_predict(dr.minmax_scale(part, (-1, 1))) for part in (x, x[:40])]
     gaps = []
@@ -538,8 +538,8 @@ def official_parts(model, features):
 
 def score_ratios(model, inputs, labels):
     """r_m, a modality's score over the mean of the others'."""
-    scores = dr.modality_scores(model, model.features(inputs), labels)
-    return {m: own / others for m, (own, others) in scores.items()}
+    out = dr.compare(model, inputs, labels)
+    return {m: out.s[m] / out.others[m] for m in inputs}
 
 
 def official_scores(model, inputs, labels):
@@ -917,8 +917,8 @@ def relearnt_by(method, gaps):
             optimiser.state[p]["momentum_buffer"] = torch.full_like(p, 3)
         for buffer in model.buffers():
             buffer.fill_(2)
-    more = {"optimiser": optimiser} if method == "dr-momentum" else {}
-    return model, optimiser, dr.RELEARNING[method](model, initial, gaps, 3.0, **more)
+    model.optimiser = optimiser
+    return model, optimiser, dr.RELEARNING[method](model, initial, gaps, 3.0)
 
 
 @pytest.mark.parametrize("method", list(dr.RELEARNING))
@@ -1315,16 +1315,16 @@ def test_ctrl_c_and_the_same_command_again(stopped):
 
 def test_a_run_is_of_one_version_of_the_data(stopped, small_demo, tmp_path):
     words, last = stopped
-    assert_one_line(dr_main(*words, "--data", small_demo), "last.pt is of a run with another manifest")
+    assert_one_line(dr_main(*words, "--data", small_demo), "run holds a run with another manifest: finish or delete that, or give a --name")
     assert dr_main(*words).returncode == 0
     c = dr.Config(epochs=2, batch_size=16, name="run", data=words[1], out=str(tmp_path))
     assert dr.is_done(c) and not dr.is_done(dr.replace(c, name="another"))
-    with pytest.raises(data.DataError, match="another finished run"):
+    with pytest.raises(data.DataError, match="holds a run with another manifest"):
         dr.is_done(dr.replace(c, data=str(small_demo)))
     best = last.parent / "best.pt"
     before = best.read_bytes()
-    assert_one_line(dr_main(*words, "--data", small_demo), "run holds another finished run: give a --name")
-    assert_one_line(dr_main(*words, "--epochs", 1), "run holds another finished run: give a --name")
+    assert_one_line(dr_main(*words, "--data", small_demo), "run holds a run with another manifest: finish or delete that")
+    assert_one_line(dr_main(*words, "--epochs", 1), "run holds a run with another epochs: finish or delete that")
     assert_one_line(dr_main("--evaluate", best, "--data", small_demo, "--device", "cpu"), "is not of a run on the demo that is in", "another manifest")
     assert best.read_bytes() == before
 
@@ -1333,7 +1333,7 @@ def test_what_cannot_be_resumed_gets_one_line(stopped):
     words, last = stopped
     whole = last.read_bytes()
     content = torch.load(last, weights_only=True)
-    other = "last.pt is of a run with another lr: finish or delete that, or give a --name"
+    other = "run holds a run with another lr: finish or delete that, or give a --name"
     assert_one_line(dr_main(*words, "--lr", 0.5), other)
     for spoilt in (b"", whole[:5000], whole[:-100], b"no checkpoint"):
         last.write_bytes(spoilt)
@@ -1670,7 +1670,7 @@ def test_names_of_classes_are_no_mathematics_and_none_is_hidden(tmp_path, monkey
     monkeypatch.setattr(dr, "load_run", lambda path, **changes: (None, dataset, None))
     monkeypatch.setattr(dr, "extract_features", lambda *words: (features, np.arange(30) % 3))
     drawn = []
-    monkeypatch.setattr(dr, "save_figure", lambda figure, *words: drawn.append(figure))
+    monkeypatch.setattr(dr.Figure, "savefig", lambda figure, path: drawn.append(figure))
     dr.draw_tsne(tmp_path / "best.pt")
     texts = drawn[0].axes[0].get_legend().get_texts()
     assert [text.get_text().strip() for text in texts] == names
@@ -1805,7 +1805,7 @@ def test_a_sweep_that_is_refused_leaves_what_is_there(swept, prepared):
     words = sweep_words(prepared, out, "--sweep", "seed=0")
     stored = (folder / "config.json").read_text()
     (folder / "config.json").write_text(stored.replace('"momentum": 0.9', '"momentum": 0.8'))
-    assert_one_line(dr_main(*words), "holds another finished run")
+    assert_one_line(dr_main(*words), "holds a run with another momentum")
     (folder / "config.json").write_text(stored)
     assert made == {f: f.read_bytes() for f in sorted(out.glob("demo-*/*.txt"))}
 
