@@ -2315,7 +2315,7 @@ def test_equal_files_are_kept_together_and_what_is_in_several_splits_is_said(tmp
     rows += [["link.npy", "a", "test"], ["./1.npy", "b", "train"], ["3.npy", "b", "train"]]
     done = data_called(write_csv(tmp_path / "in/several.csv", ["x", "label", "split"], rows), "--out", tmp_path)
     assert done.returncode == 0 and len(done.stderr.splitlines()) == 1
-    assert re.search(r"warning: 2 files are in several splits, as .*/[01].npy in (test and train|train and val)$", done.stderr)
+    assert re.search(r"warning: 2 files are in several splits, as .*/[01].npy in train and (val|test)$", done.stderr)
 
 
 def grouped(folder, people, splits):
@@ -2639,9 +2639,8 @@ def test_a_silent_sound_is_said(clips, tmp_path):
     sounds = ["nothing.wav", "offset.wav", "late.wav", *(row[4] for row in rows[3:])]
     table = write_csv(folder / "silence.csv", ["voice", "label"], [[x, row[-1]] for x, row in zip(sounds, rows)])
     done = data_called(table, "--out", tmp_path, "--seconds", 1)
-    assert done.returncode == 0 and "the sound of 2 clips is silence: line " in done.stdout, done.stderr
-    found = data.silent_clips(data.load("silence", tmp_path))
-    assert sorted(found) == ["line 2", "line 3"]
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall("warning: silence is all of the voice of (.*)\n", done.stdout)) == ["line 2", "line 3"]
 
 
 def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
@@ -2721,7 +2720,7 @@ def test_memory_does_not_grow_with_the_length_of_a_film(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         real = data.packets_of
         patch.setattr(data, "packets_of", lambda stream: map(Counted, real(stream)))
-        patch.setattr(data, "decode", lambda stream, packets: (f for p in packets for f in p.packet.decode()))
+        patch.setattr(data, "decode", lambda stream: (f for p in data.packets_of(stream) for f in p.packet.decode()))
         data.read_frames(path, data.frames_spec(2, 16))
     assert 0 < most < 10
 
@@ -3221,7 +3220,7 @@ def test_a_script_without_a_main_guard_is_told_so_at_once(crema, tmp_path):
                       "data.prepare('cremad', sys.argv[1], sys.argv[2], size=32, workers=1)\n")  # fmt: skip
     done = command(script, crema, tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)}, timeout=60)
     assert done.returncode == 1 and done.stderr.count("Traceback") == 1  # its own
-    assert done.stderr.splitlines()[-1].startswith("data.DataError: no process could be started")
+    assert done.stderr.splitlines()[-1].startswith("data.DataError: no process can be started")
     assert "if __name__ == '__main__':" in done.stderr and done.stdout.count("once more") == 2
 
 
@@ -3350,15 +3349,15 @@ def a_dataset(counts, names):
 
 
 def test_the_table_of_classes_shows_every_cell_and_what_is_too_small():
-    lines = data.table_of_classes(a_dataset(([30, 1200], [10, 11], [2, 0]), ["joy", "x" * 99]))
+    lines = data.overview(a_dataset(([30, 1200], [10, 11], [2, 0]), ["joy", "x" * 99]))
     assert [line.split()[-3:] for line in lines[:3]] == [["train", "val", "test"], ["30", "10", "2"], ["1200", "11", "0"]]
     assert len(lines) == 4 and re.search("fewer than two clips, 0, of the class x+ in test", lines[3])
     assert max(map(len, lines)) <= 80
-    few = data.table_of_classes(a_dataset(([30, 30], [9, 10], [2, 2]), ["a", "b"]))
+    few = data.overview(a_dataset(([30, 30], [9, 10], [2, 2]), ["a", "b"]))
     assert len(few) == 4 and "fewer than ten clips per class to validate on" in few[3]
-    fine = data.table_of_classes(a_dataset(([30, 30], [10, 10], [2, 2]), ["a", "b"]))
+    fine = data.overview(a_dataset(([30, 30], [10, 10], [2, 2]), ["a", "b"]))
     assert len(fine) == 3
-    many = data.table_of_classes(a_dataset(([3] * 101, [*range(20, 121)], [7] * 101), [f"class {k}" for k in range(101)]))
+    many = data.overview(a_dataset(([3] * 101, [*range(20, 121)], [7] * 101), [f"class {k}" for k in range(101)]))
     assert [line.split()[-3:] for line in many[1:]] == [["3", "20", "7"], ["3", "120", "7"]]
 
 
@@ -3369,7 +3368,7 @@ def test_one_word_is_one_class_in_either_unicode_form_and_the_table_is_printed(t
     done = data_called(write_csv(tmp_path / "in/words.csv", ["x", "label"], rows), "--out", tmp_path)
     assert done.returncode == 0 and data.load("words", tmp_path).classes == ["joy", "\u00c4rger"], done.stderr
     assert re.search("joy +8 +1 +1\n", done.stdout) and re.search("\u00c4rger +16 +2 +2\n", done.stdout)
-    assert "fewer than two clips, 1, of the class joy in test" in done.stdout
+    assert re.search("fewer than two clips, 1, of the class joy in (val|test)\n", done.stdout)
 
 
 # --- 4 a prepared dataset: loading, batches, augmentation -----------------------------------------
