@@ -16,8 +16,8 @@ What it leaves behind, and what training reads, is a folder of NumPy arrays:
     prepared/cremad/train/audio.npy    (N, 1, F, T) float16
     prepared/cremad/train/labels.npy   (N,) int64, -1 if the clip was skipped
 
-A modality (audio, visual, flow, text: any name) is of a kind: frames, flow, fbank or sequence. The manifest has a
-spec of each, a dict: its kind, the shape of one clip, and how to normalise it."""
+A modality (audio, visual, flow, text: any name) is of a kind: frames, flow, fbank or sequence. The manifest holds a
+spec of each: its kind, the shape of one clip, and how to normalise it."""
 
 import argparse
 import csv
@@ -87,7 +87,8 @@ def explained(message, *let_through):
     except Exception as error:  # what is not what it should be can be wrong in any way
         if is_out_of_memory(error):
             raise
-        raise DataError(f"{message} ({one_line(error)})") from error
+        says = textwrap.shorten(f"{type(error).__name__}: {error}", 120)
+        raise DataError(f"{message} ({says})") from error
 
 
 def is_out_of_memory(error):
@@ -95,10 +96,6 @@ def is_out_of_memory(error):
     says = str(error) if isinstance(error, RuntimeError) else ""
     known = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
     return known or "out of memory" in says or "allocate memory" in says
-
-
-def one_line(error):
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 120)
 
 
 # --- 1  Prepare: raw folder -> clips -> files -> rows of arrays -> manifest ---
@@ -153,7 +150,11 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     lister = DATASETS.get(name, own_data)
     options = {**default_options(lister), **options}
     max_bad = MAX_BAD.get(name, 5.0) if max_bad is None else max_bad
-    check_ranges({**options, "workers": workers or 1, "max_bad": max_bad})
+    for option, value in {**options, "workers": workers or 1, "max_bad": max_bad}.items():
+        meaning, *limits = OPTIONS[option]
+        if limits and not limits[0] <= value <= limits[1] or option == "keep" and value % 2 == 0:
+            flag = option.replace("_", "-")
+            raise DataError(f"--{flag} ({meaning}) goes from {limits[0]} to {limits[1]:,}, not {value}")
     recorded = json.loads(json.dumps(options, default=str))  # as the manifest tells them
     if own:  # an edited table makes another dataset
         recorded["csv"] = fingerprint(raw)
@@ -184,14 +185,6 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
 def default_options(lister):
     parameters = inspect.signature(lister).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def check_ranges(options):
-    for option, value in options.items():
-        meaning, *limits = OPTIONS[option]
-        if limits and not limits[0] <= value <= limits[1] or option == "keep" and value % 2 == 0:
-            flag = option.replace("_", "-")
-            raise DataError(f"--{flag} ({meaning}) goes from {limits[0]} to {limits[1]:,}, not {value}")
 
 
 def fingerprint(path):
@@ -404,8 +397,7 @@ def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, s
     """CREMA-D: 7,442 clips, 91 actors, six emotions. `raw` holds <id>.wav and <id>.flv (or .mp4) at any depth.
     split "clips" draws 80 / 10 / 10 per cent at random over clips, as in the paper: every actor is in all three;
     "actors" holds out whole actors. `split_dir` holds lists with lines `id,EMO` instead: my_train.csv or train.csv,
-    test.csv, and val.csv unless a tenth of train is to be drawn. What FFmpeg can read of the four clips known to be
-    bad is kept: see README.md."""
+    test.csv, and val.csv unless a tenth of train is to be drawn."""
     if split not in ("clips", "actors"):
         raise DataError(f"--split is clips or actors, not {split}")
     if split == "actors" and split_dir:
@@ -449,11 +441,10 @@ stomping grapes, tap dancing, tapping guitar, tapping pen, tickling""".replace("
 
 
 def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, bins=128, shift=10.0, split_dir=None):
-    """Kinetics-Sounds: the clips of 31 classes out of Kinetics-400.
-    `raw` holds, at any depth, train and val (or test) with a folder per class, or flat beside train.csv and val.csv
-    (label,youtube_id,time_start,...). `split_dir` holds the lists that circulate instead, train.txt and test.txt
-    with lines <youtube id>_<start>...,<seconds>,<label>. Test is the validation set, of 1,544 clips, where there is
-    one, and validation a tenth of train; but the circulating lists test on Kinetics-400's *test* split."""
+    """Kinetics-Sounds: 31 classes of Kinetics-400. `raw` holds, at any depth, train and val (or test) with a folder per
+    class, or flat beside train.csv and val.csv (label,youtube_id,time_start,...). `split_dir` holds the lists that
+    circulate instead, with lines <youtube id>_<start>...,<seconds>,<label>: they test on Kinetics-400's test split.
+    Else test is the validation set, where there is one, and validation a tenth of train."""
     paths = find_files(raw, ".mp4", ".mkv", ".webm")
     paths.sort(key=lambda path: path.parent.name.startswith("replacement"))  # of corrupt clips of the same name
     found = {clip_key(path.stem): path for path in paths}
@@ -508,9 +499,8 @@ PICTURES_OF_FLOW = "TV-L1, from the pictures in the raw folder"
 
 def ucf101(raw, frames=3, keep=1, size=224, fold=1):
     """UCF-101: RGB and optical flow of 13,320 clips, 101 classes. `raw` holds v_<Class>_gNN_cNN.avi at any depth.
-    The official splits are a rule, so that no lists are needed: fold k tests on groups 7k-6 to 7k (held against the
-    lists, where they are there). Validation is a tenth of the training groups, since the clips of a group are cut
-    from one video. Flow is TV-L1 where there are pictures of it (see find_flow), else it is computed."""
+    The official splits are a rule: fold k tests on groups 7k-6 to 7k. Validation is a tenth of the training groups,
+    since the clips of a group are cut from one video. Flow is TV-L1 where there are pictures of it, else computed."""
     paths = find_files(raw, ".avi", ".txt")
     films = {path.stem: path for path in paths if path.suffix != ".txt" and UCF_ID.fullmatch(path.stem)}
     if not films:
@@ -535,8 +525,8 @@ def ucf101(raw, frames=3, keep=1, size=224, fold=1):
 
 
 def find_flow(raw):
-    """{clip in lower case: (u, v), two folders of pictures} of precomputed flow: <clip>/flow_x*.jpg and flow_y*.jpg,
-    or u/<clip>/*.jpg and v/<clip>/*.jpg, in which there may be folders of classes. Half of it is an error."""
+    """{clip in lower case: (u, v), the folders of its pictures}: <clip>/flow_x*.jpg and flow_y*.jpg, or u/<clip>/*.jpg
+    and v/<clip>/*.jpg, in which there may be folders of classes. Half of it is an error."""
     found = {"u": {}, "v": {}}
     for folder in map(Path, walk(raw)):
         if UCF_ID.fullmatch(folder.name) and folder.is_dir():
@@ -565,10 +555,9 @@ def file_type(path):
 
 def own_data(table, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0):
     """Your own clips from a CSV. It has a column `label`, and may have `split` (train, val or test; else 80 / 10 / 10
-    per cent are drawn, every label in its share), `group` (clips of a group then stay together) and `id`. Every other
-    column is a modality and holds files, relative to the CSV: a video becomes frames, a picture one frame, a sound
-    its fbank, a .npy of (T, D) or (D,) numbers a feature sequence; a video in a column `audio` becomes sound, in one
-    called `flow` flow."""
+    per cent are drawn, every label in its share), `group` (clips of a group stay together) and `id`. Every other column
+    is a modality and holds files, relative to the CSV: a video (whose sound counts in a column `audio`, whose motion
+    in `flow`), a picture, a sound, or a .npy of (T, D) or (D,) numbers."""
     rows, types = read_table(table)
     classes = sorted(set(rows["label"]))
     if len(classes) < 2:
@@ -639,8 +628,7 @@ def demo(raw, clips=2100, seed=0):
 
 def mosi(raw, folder):
     """CMU-MOSI from one pickle in MMSA's or MultiBench's layout: text, audio and vision as (N, T, D) -> folder.
-    No lister: the arrays only need cleaning. What is not finite becomes the mean; every feature is standardised with
-    the training set's statistics over what is not padding; padding is exactly 0. Two classes: score < 0, and >= 0."""
+    No lister: the arrays only need standardising, by the training set's statistics. Two classes: score < 0, >= 0."""
     if not raw.is_file():
         raise DataError(f"--raw {raw} is no file: it takes the pickle itself, as aligned_50.pkl")
     recorded = {"raw": raw.name, "sha256": fingerprint(raw)}
@@ -667,7 +655,11 @@ def mosi(raw, folder):
                 spec = {"kind": "sequence", "shape": list(x.shape[1:]), "dtype": "float32"}
                 if plan["modalities"].setdefault(m, spec) != spec or len(x) != n:
                     raise ValueError(f"in {split}, {m} has the shape {x.shape}")
-                present = is_present(x, m, part)  # (N, T)
+                present = x.any(-1)  # (N, T), which steps are no padding; some pickles tell it
+                if f"{m}_lengths" in part:
+                    present = np.arange(x.shape[1]) < np.reshape(part[f"{m}_lengths"], (-1, 1))
+                elif m == "text" and "text_bert" in part:  # (N, 3, T): ids, mask, segments
+                    present = np.asarray(part["text_bert"])[:, 1] != 0
                 scale.setdefault(m, statistics([x[present]]))
                 arrays[f"{split}/{m}"] = standardise(x, present, *scale[m])
                 bad[m] = present.any(1) & ~(np.isfinite(x) & present[..., None]).any((1, 2))
@@ -682,15 +674,6 @@ def mosi(raw, folder):
                 write_atomically(folder / f"{name}.npy", partial(np.save, arr=array))
             finish(folder, plan, labels, skipped)
     return folder
-
-
-def is_present(x, modality, part):
-    """Which steps of (N, T, D) are no padding, (N, T) bool: by the pickle's lengths or mask, else the non-zero ones."""
-    if f"{modality}_lengths" in part:
-        return np.arange(x.shape[1]) < np.reshape(part[f"{modality}_lengths"], (-1, 1))
-    if modality == "text" and "text_bert" in part:  # (N, 3, T): ids, mask, segments
-        return np.asarray(part["text_bert"])[:, 1] != 0
-    return x.any(-1)
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -725,8 +708,8 @@ def how_to_get(folder):
     if name not in SOURCES:
         return f"Make it:  python data.py {name if name == 'demo' else name + '.csv'}{out}"
     raw, source = SOURCES[name]
-    return (f"\n  1. Get {raw}, {source}\n  2. Prepare it:  python data.py {name} --raw {raw}{out}\n"
-            f"Or see the method at work now:  python dr.py --dataset demo")  # fmt: skip
+    return (f"\n  1. Get {raw}, {source}\n  2. python data.py {name} --raw {raw}{out}\n"
+            "Or see the method at work now:  python dr.py --dataset demo")  # fmt: skip
 
 
 # --- 3  Reading media: one of a clip's files -> its rows. PyAV's wheels carry FFmpeg. ---
@@ -933,9 +916,8 @@ def resample(frames, rate):
 
 
 def fbank(sound, spec, rate=16000):
-    """Kaldi's log-mel filter banks as the official code takes them: (1, bins, frames) float16.
-    Mean removed, a Hanning window of 25 ms every `shift` ms, no dither; cut, or padded with zeros before
-    normalising, as the official code does."""
+    """Kaldi's log-mel filter banks as the official code takes them: (1, bins, frames) float16. Mean removed, a Hanning
+    window of 25 ms every `shift` ms, no dither; cut, or padded with zeros before normalising."""
     wave = torch.from_numpy(sound - sound.mean())[None]  # (1, samples)
     mel = kaldi.fbank(wave, sample_frequency=rate, num_mel_bins=spec["bins"], frame_shift=spec["shift"],
                       window_type="hanning", htk_compat=True, use_energy=False, dither=0.0)  # fmt: skip
@@ -1266,8 +1248,8 @@ def load(name, root="prepared", modalities=None):
 
 def add_noise(dataset, modality, level):
     """Gaussian noise on every clip of one modality, `level` times as strong as the modality's own standard deviation.
-    A clip keeps its noise over the epochs, as a bad recording does, so that it can be memorised. The noisy array is
-    held in memory; padding stays 0. Raises DataError if the dataset has no such modality of real numbers."""
+    A clip keeps its noise over the epochs, as a bad recording does, so that it can be memorised; padding stays 0. The
+    noisy array is held in memory."""
     if modality not in dataset.shapes:
         raise DataError(f"no {modality} to put noise on; there is {', '.join(dataset.shapes)}")
     train = dataset.train
@@ -1341,9 +1323,9 @@ def memory_format(device):
 
 
 def augment(x, kind, rng):
-    """Each sample by draws of its own, mildly: a crop and a flip for frames and flow, a gain for spectrograms.
-    Crops take 0.6 to 1 of the area at 0.9 to 1.1 of the ratio, one for all frames of a clip; sounds become louder or
-    softer by 2 dB or so, which on their logarithmic scale is a shift."""
+    """Each sample by draws of its own, mildly: frames and flow by a crop of 0.6 to 1 of the area, at 0.9 to 1.1 of the
+    ratio, and a flip, one for all frames of a clip; sounds become louder or softer by 2 dB or so, a shift of their
+    logarithms."""
     B = len(x)
     if kind == "fbank":  # (B, 1, F, T)
         return x + to_device(np.float32(rng.normal(0, 0.05, B)), x.device)[:, None, None, None]
@@ -1369,9 +1351,8 @@ def batches(split, batch_size, seed=None, device="cpu", augmented=False, part=(0
     """Yield ({modality: tensor (B, ...)}, labels (B,)) over one split, once.
     With a seed (an int or a tuple of ints) in random order, the same for the same seed; without, in the order of the
     clips. The last batch may be smaller, or, lest it be a single clip, larger: none is lost, none comes twice.
-    part=(rank, world), for random order, is one process's piece of every batch. All pieces of a batch are of one
-    size, so that the mean of their gradients is the batch's: some clips of a last batch that cannot be shared out
-    evenly come twice."""
+    part=(rank, world), for random order, is one process's piece of every batch. All pieces are of one size, so that
+    the mean of their gradients is the batch's: some clips of a last batch may come twice."""
     rank, world = part
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:  # the current GPU is one per thread, and another one reads ahead
@@ -1625,15 +1606,6 @@ def say(voice, sentence, tone, rng):
     return np.clip(sound, -1, 1), talk.reshape(int(FPS * SECONDS), -1).mean(1)
 
 
-def film(path, pictures):
-    """pictures (96, 96, 3) uint8 each -> a Flash video, Sorenson H.263. It is silent: the sound is in the WAV."""
-    with av.open(f"file:{path}", "w", format="flv", options={"flush_packets": "0"}) as movie:
-        video = movie.add_stream("flv1", FPS, width=SIZE, height=SIZE, bit_rate=400_000)
-        for picture in pictures:
-            movie.mux(video.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
-        movie.mux(video.encode())
-
-
 def perform(raw, seed, index, name):
     """Write one clip of the demo, from random numbers of its own -> its name."""
     wav = f"{raw}/AudioWAV/{name}.wav"
@@ -1648,7 +1620,11 @@ def perform(raw, seed, index, name):
     expression = np.clip(mean[:6] + FACE_SPREAD * rng.normal(size=6) + look["rest"], -1.3, 1.3)
     sound, talk = say(look, sentence, mean[6:] + VOICE_SPREAD * rng.normal(size=7), rng)
     scipy.io.wavfile.write(wav + ".part", RATE, np.int16(32767 * sound))
-    film(flv + ".part", act(look, expression, talk, rng))
+    with av.open(f"file:{flv}.part", "w", format="flv", options={"flush_packets": "0"}) as movie:
+        video = movie.add_stream("flv1", FPS, width=SIZE, height=SIZE, bit_rate=400_000)  # Sorenson H.263, silent
+        for picture in act(look, expression, talk, rng):
+            movie.mux(video.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        movie.mux(video.encode())
     for path in wav, flv:
         os.replace(path + ".part", path)  # a kill leaves no half file under the final name
     return name
@@ -1715,12 +1691,14 @@ def overview(dataset):
     if len(dataset.val) < 10 * len(names):
         lines.append("warning: fewer than ten clips per class to validate on: purity gaps are mostly luck")
     nothing = np.float16(np.log(torch.finfo(torch.float).eps))  # the logarithm of it
+    silent = []
     for split in splits.values():
         for m, array in split.arrays.items():
             if split.specs[m]["kind"] == "fbank":
                 bands = array[split.rows[:, None], 0, [0, array.shape[2] // 2]]  # (N, 2, T), the lowest and the middle
-                for k in np.flatnonzero(np.isin(bands, (nothing, 0)).all((1, 2)))[:9]:
-                    lines.append(f"warning: silence is all of the {m} of {split.ids[k]}"[:80])
+                silent += [split.ids[k] for k in np.flatnonzero(np.isin(bands, (nothing, 0)).all((1, 2)))]
+    if silent:
+        lines.append(f"warning: silence is all that is heard in {len(silent):,} clips, as {silent[0]}"[:80])
     return lines
 
 
@@ -1761,7 +1739,7 @@ def one_line_for_errors(program):
     except Exception as error:
         says = str(error)
         if is_out_of_memory(error):
-            says = f"out of memory: a smaller --batch-size takes less, and fewer --workers ({one_line(error)})"
+            says = textwrap.shorten(f"out of memory: a smaller --batch-size takes less, and fewer --workers ({error})", 200)
         elif isinstance(error, OSError):
             says += "; when that is mended, the same command resumes"
         elif not isinstance(error, (DataError, FloatingPointError)):

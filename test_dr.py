@@ -2640,7 +2640,7 @@ def test_a_silent_sound_is_said(clips, tmp_path):
     table = write_csv(folder / "silence.csv", ["voice", "label"], [[x, row[-1]] for x, row in zip(sounds, rows)])
     done = data_called(table, "--out", tmp_path, "--seconds", 1)
     assert done.returncode == 0, done.stderr
-    assert sorted(re.findall("warning: silence is all of the voice of (.*)\n", done.stdout)) == ["line 2", "line 3"]
+    assert re.search("warning: silence is all that is heard in 2 clips, as line [23]\n", done.stdout)
 
 
 def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
@@ -2939,7 +2939,9 @@ def test_a_folder_is_one_processs_at_a_time_until_it_is_done_or_killed(tmp_path,
             with data.exclusive(folder):
                 pass
         threading.Timer(0.3, os.kill, (child, signal.SIGKILL)).start()
+        start = time.monotonic()
         with data.exclusive(folder, wait=True):
+            assert time.monotonic() - start < 3  # the orphan does not hold it
             waited = capsys.readouterr()
             assert waited.err == f"waiting until process {child} on {os.uname().nodename} is done with {folder}\n"
             assert waited.out == ""
