@@ -420,7 +420,7 @@ def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, s
     clips = []
     for split, path, fields in read_lists(split_dir, ".csv"):
         i = fields[0] if fields else "name"
-        if i == "name":  # a header
+        if i == "name":  # a header, or nothing
             continue
         if i not in unlisted or fields[1:] != [i[9:12]]:
             line = ",".join(fields)
@@ -663,9 +663,9 @@ def mosi(raw, folder):
                 scale.setdefault(m, statistics([x[present]]))
                 arrays[f"{split}/{m}"] = standardise(x, present, *scale[m])
                 bad[m] = present.any(1) & ~(np.isfinite(x) & present[..., None]).any((1, 2))
-            for what, rows in bad.items():
-                skipped += [[split, ids[row], f"no {what}"] for row in np.flatnonzero(rows)]
             labels[split] = np.where(np.any(list(bad.values()), axis=0), SKIPPED, score >= 0)
+            for row in np.flatnonzero(labels[split] == SKIPPED):
+                skipped.append([split, ids[row], "no " + next(what for what, rows in bad.items() if rows[row])])
             plan["splits"][split] = ids
     with exclusive(folder, wait=True):
         if not is_prepared(folder, recorded):  # by another process, meanwhile
@@ -812,8 +812,8 @@ def count_packets(path, spec):
             packets += 1
             if key is None and packet.is_keyframe:
                 key = packet
-            lost = key is None or None not in (packet.pts, key.pts) and packet.pts < key.pts  # what it needs was cut off
-            length += not (lost or packet.is_discard)  # the edit list of an MP4 may hide some
+            cut = key is None or None not in (packet.pts, key.pts) and packet.pts < key.pts  # off from what it needs
+            length += not (cut or packet.is_discard)  # the edit list of an MP4 may hide some
             last = max(last, packet.pts or 0)
         if packets < 0.9 * stream.frames:
             raise BadClip(f"truncated, {length} of {stream.frames} frames are there")
@@ -1047,10 +1047,10 @@ def make_arrays(folder, plan):
             array = np.dtype(spec["dtype"]), (len(ids), *spec["shape"])
             if not is_array(folder / split / f"{m}.npy", *array):
                 new[folder / split / f"{m}.npy"] = array
-    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in new.values())
+    needed = sum(dtype.itemsize * math.prod(shape) for dtype, shape in new.values())
     free = shutil.disk_usage(folder).free
-    if size > free:
-        raise DataError(f"{folder} will take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
+    if needed > free:
+        raise DataError(f"{folder} will take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
                         "give another --out, or a smaller --size")  # fmt: skip
     if new or not (folder / "plan.json").exists():  # what a journal may tell of is not there
         for split in SPLITS:
@@ -1122,17 +1122,16 @@ def in_parallel(work, jobs, workers=None):
     most = 61 if sys.platform == "win32" else math.inf  # it cannot wait for more
     while done < len(jobs):
         alone = done < careful
-        size = 1 if alone else min(workers or cpu_count(), most)
-        part = jobs[done:careful] if alone else jobs[done:]
-        pool = ProcessPoolExecutor(size, initializer=start_worker)
+        processes = 1 if alone else min(workers or cpu_count(), most)
+        next_jobs = jobs[done:careful] if alone else jobs[done:]
+        pool = ProcessPoolExecutor(processes, initializer=start_worker)
+        pressed = []  # Python loses a Ctrl-C that comes while it forks: it is heeded when all workers are there
+        usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
         try:
-            pressed = []  # Python loses a Ctrl-C that comes while it forks: it is heeded when all workers are there
-            usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-            first = pool.submit(os.getpid)
-            if isinstance(first.exception(), BrokenProcessPool):
+            if pool.submit(os.getpid).exception():  # a worker did not even start
                 raise DataError("no process can be started to read the clips: on Windows and macOS, a script prepares "
                                 "and trains below  if __name__ == '__main__':")  # fmt: skip
-            results = pool.map(work, *zip(*part), chunksize=1 if alone else 8)
+            results = pool.map(work, *zip(*next_jobs), chunksize=1 if alone else 8)
             signal.signal(signal.SIGINT, usual)
             if pressed:
                 raise KeyboardInterrupt
@@ -1143,7 +1142,7 @@ def in_parallel(work, jobs, workers=None):
             if alone:
                 done += 1
                 yield None
-            careful = max(careful, done + 32 * size)  # more jobs than a pool has at hand
+            careful = max(careful, done + 32 * processes)  # more jobs than a pool has at hand
         finally:
             signal.signal(signal.SIGINT, usual)
             pool.shutdown(cancel_futures=True)
@@ -1723,8 +1722,8 @@ def parse(words):
         if name != "mosi":
             options = {"workers": cpu_count(), "max_bad": MAX_BAD.get(name, 5.0)}
             for option, default in {**options, **default_options(DATASETS.get(name, own_data))}.items():
-                kind = str if default is None else type(default)
-                p.add_argument(f"--{option.replace('_', '-')}", type=kind, default=default, help=OPTIONS[option][0])
+                of_type = str if default is None else type(default)
+                p.add_argument(f"--{option.replace('_', '-')}", type=of_type, default=default, help=OPTIONS[option][0])
     args = vars(parser.parse_args(words))
     if tables:
         args.update(raw=Path(tables[0]), name=args.pop("called"))
@@ -1739,7 +1738,8 @@ def one_line_for_errors(program):
     except Exception as error:
         says = str(error)
         if is_out_of_memory(error):
-            says = textwrap.shorten(f"out of memory: a smaller --batch-size takes less, and fewer --workers ({error})", 200)
+            says = f"out of memory: a smaller --batch-size takes less, and fewer --workers ({error})"
+            says = textwrap.shorten(says, 200)
         elif isinstance(error, OSError):
             says += "; when that is mended, the same command resumes"
         elif not isinstance(error, (DataError, FloatingPointError)):
@@ -1766,9 +1766,9 @@ def main():
         dataset = load(args["name"], args["out"])  # what is damaged is said
     if made:
         print(f"{folder} was there already; to prepare it anew, delete it")
-    size = sum(p.stat().st_size for p in folder.glob("*/*.npy")) / 1e9
+    gigabytes = sum(p.stat().st_size for p in folder.glob("*/*.npy")) / 1e9
     counts = ", ".join(f"{len(ids):,} {s}" for s, ids in manifest["splits"].items())
-    print(f"{folder}: {counts} clips, {size:.2f} GB; {len(manifest['skipped'])} skipped")
+    print(f"{folder}: {counts} clips, {gigabytes:.2f} GB; {len(manifest['skipped'])} skipped")
     for split, clip, problem in manifest["skipped"]:
         print(f"  {clip} ({split}): {problem}")
     print(*overview(dataset), sep="\n")
