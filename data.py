@@ -583,7 +583,7 @@ def own_data(table, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.
 def read_table(table):
     """The CSV's rows, each with an id, and {modality: type of its files}; a wrong row is named by its line."""
     text = table.read_bytes().decode("utf-8-sig", errors="replace")
-    if "\ufffd" in text or text.startswith("sep="):
+    if {"\ufffd", "\0"} & set(text) or text.startswith("sep="):
         raise DataError(f"{table} cannot be understood: save it as UTF-8, with commas, and without a line sep=")
     cells = pd.read_csv(io.StringIO(text), header=None, dtype=str, keep_default_na=False, skip_blank_lines=False)
     cells = cells.map(str.strip)
@@ -744,7 +744,7 @@ def decode(stream):
     """Yield what is shown or heard. Packets that cannot be decoded are passed over, as `ffmpeg -i` does."""
     stream.codec_context.thread_count = 1  # it is the clips that are read in parallel
     for packet in chain(packets_of(stream), [None]):  # None: what is still in the decoder comes out
-        with suppress(av.error.InvalidDataError):
+        with suppress(av.error.InvalidDataError, av.error.ArgumentError, av.error.PatchWelcomeError):
             yield from stream.codec_context.decode(packet)
 
 

@@ -2343,7 +2343,7 @@ def test_too_few_groups_are_said(people, splits, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("encoding, first", [("cp1252", ""), ("utf-16", ""), ("utf-16-be", "\ufeff"), ("utf-8", "sep=,\r\n")])
+@pytest.mark.parametrize("encoding, first", [("cp1252", ""), ("utf-16", ""), ("utf-16-be", "\ufeff"), ("utf-16-le", ""), ("utf-8", "sep=,\r\n")])
 def test_a_table_as_excel_saves_it_is_to_be_saved_as_utf_8(encoding, first, clips, tmp_path):
     folder, _, rows = clips
     lines = ["scan,label", *(f"{row[3]},{'Ärger' if k % 2 else 'joy'}" for k, row in enumerate(rows))]
