@@ -16,9 +16,8 @@ What it leaves behind, and what training reads, is a folder of NumPy arrays:
     prepared/cremad/train/audio.npy    (N, 1, F, T) float16
     prepared/cremad/train/labels.npy   (N,) int64, -1 if the clip was skipped
 
-A modality (audio, visual, flow, text: any name) is of a kind: frames, flow, fbank or sequence. What an array holds is
-told by its modality's spec, a dict in the manifest: the kind, the shape of one clip, how to normalise it.
-"""
+A modality (audio, visual, flow, text: any name) is of a kind: frames, flow, fbank or sequence. The manifest holds a
+spec of each: its kind, the shape of one clip, and how to normalise it."""
 
 import argparse
 import csv
@@ -39,6 +38,7 @@ import textwrap
 import threading
 import time
 import unicodedata
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
@@ -77,12 +77,6 @@ class BadClip(Exception):
     """One clip that cannot be used: it is skipped, counted, and listed in the manifest."""
 
 
-def is_out_of_memory(error):
-    """Whether it is what NumPy, the system, CUDA, MPS or PyTorch's own allocator say when there is no memory left."""
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, "errno", None) == errno.ENOMEM
-    return known or isinstance(error, RuntimeError) and bool(re.search("out of memory|allocate memory", str(error)))
-
-
 @contextmanager
 def explained(message, *let_through):
     """An error inside means what the message says, and is quoted after it, but for those that tell their own story."""
@@ -93,11 +87,15 @@ def explained(message, *let_through):
     except Exception as error:  # what is not what it should be can be wrong in any way
         if is_out_of_memory(error):
             raise
-        raise DataError(f"{message} ({one_line(error)})") from error
+        says = textwrap.shorten(f"{type(error).__name__}: {error}", 120)
+        raise DataError(f"{message} ({says})") from error
 
 
-def one_line(error):
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 120)
+def is_out_of_memory(error):
+    """Whether NumPy, the system or PyTorch's allocators (CUDA, MPS, CPU) say that there is no memory left."""
+    says = str(error) if isinstance(error, RuntimeError) else ""
+    known = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    return known or "out of memory" in says or "allocate memory" in says
 
 
 # --- 1  Prepare: raw folder -> clips -> files -> rows of arrays -> manifest ---
@@ -137,25 +135,33 @@ class Clip:
 
 
 def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **options):
-    """Turn a raw download, or the files of a CSV, into `out`/`name` -> that folder.
-    `options` are the keyword arguments of the dataset's lister (section 2). Every clip has its row in arrays that are
-    made at full size first, and worker processes write the rows in place. Stopped at any moment, the same call
-    resumes, with the same result. Raises DataError for all that the user can mend, among it more than `max_bad` per
-    cent of clips that cannot be used."""
-    if hasattr(current_process(), "_inheriting"):  # a worker, which runs a script without a main guard once more
+    """Turn a raw download, or the files of a CSV, into `out`/`name` -> that folder; `options` are the dataset's.
+    Every clip has its row in arrays that are made at full size first; worker processes write the rows in place. Stopped
+    at any moment, the same call resumes, with the same result. Raises DataError for all that the user can mend, also
+    for more than `max_bad` per cent of clips that cannot be used."""
+    if hasattr(current_process(), "_inheriting"):  # a worker that runs a script without a main guard once more
         sys.exit(1)
     folder = Path(out) / name
     raw = Path(raw or folder / "raw")
-    lister = choose_lister(name, raw)
+    own = raw.suffix.lower() == ".csv"
+    if own == (name in DATASETS) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise DataError(f"{raw} cannot be called {name!r}: a dataset is {', '.join(DATASETS)}, or a .csv of another "
+                        "name, of letters, digits, _, - and . alone: choose one with --name")  # fmt: skip
+    lister = DATASETS.get(name, own_data)
     options = {**default_options(lister), **options}
     max_bad = MAX_BAD.get(name, 5.0) if max_bad is None else max_bad
-    check_ranges({**options, "workers": workers or 1, "max_bad": max_bad})
-    recorded = what_to_record(name, raw, options)
+    for option, value in {**options, "workers": workers or 1, "max_bad": max_bad}.items():
+        meaning, *limits = OPTIONS[option]
+        if limits and not limits[0] <= value <= limits[1] or option == "keep" and value % 2 == 0:
+            flag = option.replace("_", "-")
+            raise DataError(f"--{flag} ({meaning}) goes from {limits[0]} to {limits[1]:,}, not {value}")
+    recorded = json.loads(json.dumps(options, default=str))  # as the manifest tells them
+    if own:  # an edited table makes another dataset
+        recorded["csv"] = fingerprint(raw)
+    if lister is mosi:
+        return mosi(raw, folder)
     if is_prepared(folder, recorded):
         return folder
-    if name == "mosi":
-        return mosi(raw, folder, recorded)
-
     with explained(f"{raw}: the lists that say which clips there are cannot be understood", OSError):
         clips, classes, kinds = lister(raw, **options)
     splits = {split: [] for split in SPLITS}
@@ -167,50 +173,18 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     ids = {split: [clip.id for clip in mine] for split, mine in splits.items()}
     plan = {"dataset": name, "options": recorded, "classes": classes, "modalities": specs, "splits": ids}
     with exclusive(folder, wait=True):
-        if is_prepared(folder, recorded):  # by another process, meanwhile
-            return folder
-        if (folder / "plan.json").exists() and read_json(folder / "plan.json") != plan:
-            raise DataError(f"{folder} was begun with other clips than {raw} holds now: delete it to begin again")
-        make_arrays(folder, plan)
-        labels, skipped = fill_arrays(folder, plan, splits, workers, max_bad)
-        finish(folder, plan, labels, skipped)
+        if not is_prepared(folder, recorded):  # by another process, meanwhile
+            if (folder / "plan.json").exists() and read_json(folder / "plan.json") != plan:
+                raise DataError(f"{folder} was begun with other clips than {raw} holds now: delete it to begin again")
+            make_arrays(folder, plan)
+            labels, skipped = fill_arrays(folder, plan, splits, workers, max_bad)
+            finish(folder, plan, labels, skipped)
     return folder
-
-
-def choose_lister(name, raw):
-    """The function that says which clips a dataset has; of your own data, which is a .csv, own_data."""
-    own = raw.suffix.lower() == ".csv"
-    if own == (name in DATASETS) or not re.fullmatch(r"\w[\w.-]*", name):
-        raise DataError(f"{raw} cannot be called {name!r}: a dataset is {', '.join(DATASETS)}, or a .csv of another "
-                        "name, of letters, digits, _, - and . alone: choose one with --name")  # fmt: skip
-    return own_data if own else DATASETS[name]
 
 
 def default_options(lister):
     parameters = inspect.signature(lister).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def check_ranges(options):
-    for option, value in options.items():
-        meaning, *limits = OPTIONS[option]
-        if not limits:
-            continue
-        low, high = limits
-        if not low <= value <= high or option == "keep" and value % 2 == 0:
-            raise DataError(f"--{option.replace('_', '-')} ({meaning}) goes from {low} to {high:,}, not {value}")
-
-
-def what_to_record(name, raw, options):
-    """The options as the manifest tells them, and the version of a file: an edited table makes another dataset."""
-    if name == "mosi":
-        if not raw.is_file():
-            raise DataError(f"--raw {raw} is no file: it takes the pickle itself, as aligned_50.pkl")
-        return {"raw": raw.name, "sha256": fingerprint(raw)}
-    recorded = json.loads(json.dumps(options, default=str))
-    if name not in DATASETS:
-        recorded["csv"] = fingerprint(raw)
-    return recorded
 
 
 def fingerprint(path):
@@ -223,14 +197,13 @@ def is_prepared(folder, recorded):
     for path in folder / "manifest.json", folder / "plan.json":
         before = read_json(path)["options"] if path.exists() else recorded
         if before != recorded:
-            changed = [f"{k} {before.get(k)}, now {v}" for k, v in recorded.items() if before.get(k) != v]
-            raise DataError(f"{folder} was made with other parameters ({', '.join(changed)}): "
-                            "delete it, or give another --out")  # fmt: skip
+            changed = ", ".join(f"{k} {before.get(k)}, now {v}" for k, v in recorded.items() if before.get(k) != v)
+            raise DataError(f"{folder} was made with other parameters ({changed}): delete it, or give another --out")
     return (folder / "manifest.json").exists()
 
 
 def check_files(folder, raw, splits, max_bad):
-    """Before any work: every split has clips, and enough of them have their files, which are not git-lfs stubs."""
+    """Before any work: every split has clips, and enough of them have their files."""
     for split, clips in splits.items():
         if not clips:
             raise DataError(f"{raw}: no clip is in the {split} split: a list of the splits is missing, or there are "
@@ -238,18 +211,14 @@ def check_files(folder, raw, splits, max_bad):
     total = sum(map(len, splits.values()))
     lost = 0
     for split, clips in splits.items():
-        missing = {}  # {clip: a file of it that is not there}
-        for clip in clips:
-            for path in chain(*map(paths_of, clip.files.values())):
-                if not path.exists() or is_stub(path):
-                    missing[clip.id] = path
-        there = len(clips) - len(missing)
-        lost += len(missing)
+        gone = {clip.id: file for clip in clips for file in clip.files.values() if what_is_wrong(file)}
+        lost += len(gone)
+        there = len(clips) - len(gone)
         if there <= 0.1 * len(clips) or lost > max_bad / 100 * total:
-            source = how_to_get(folder.name) if folder.name in SOURCES else ""
             raise DataError(f"{raw}: of {len(clips):,} clips in the {split} split {there} have their files there, "
-                            f"git-lfs stubs not counted; {next(iter(missing.values()))} is missing. Is a part of the "
-                            f"download? --max-bad is {max_bad:g} per cent: nothing was prepared. {source}")  # fmt: skip
+                            f"git-lfs stubs not counted; {paths_of(next(iter(gone.values())))[0]} is missing, and "
+                            f"--max-bad is {max_bad:g} per cent: nothing was prepared. "
+                            f"{' is '.join(SOURCES.get(folder.name, ()))}")  # fmt: skip
 
 
 def paths_of(file):
@@ -257,9 +226,14 @@ def paths_of(file):
     return file if isinstance(file, tuple) else (file,)
 
 
-def is_stub(path):
-    """Whether a file is git-lfs's placeholder: what a clone without git-lfs holds in place of media."""
-    return path.is_file() and path.stat().st_size < 200 and path.read_bytes().startswith(b"version https://git-lfs")
+def what_is_wrong(file):
+    """Why there is no point in reading a file, or ''. A clone without git-lfs holds placeholders in place of media."""
+    for path in paths_of(file):
+        if not path.exists():
+            return "missing"
+        if path.is_file() and path.stat().st_size < 200 and path.read_bytes().startswith(b"version https://git-lfs"):
+            return "a git-lfs stub, never fetched"
+    return ""
 
 
 def make_spec(m, kind, clips, options):
@@ -271,10 +245,10 @@ def make_spec(m, kind, clips, options):
         return fbank_spec(options["bins"], options["seconds"], options["shift"])
     if file_type(first) == "picture":
         return frames_spec(1, options["size"])
-    size = options["frames"], options["size"], options["keep"]
+    shape = options["frames"], options["size"], options["keep"]
     if kind == "flow":
-        return flow_spec(*size, flow=PICTURES_OF_FLOW if isinstance(first, tuple) else DIS)
-    return frames_spec(*size, **options["more"])
+        return flow_spec(*shape, flow=PICTURES_OF_FLOW if isinstance(first, tuple) else DIS)
+    return frames_spec(*shape, **options["more"])
 
 
 def frames_spec(count, size, keep=1, **more):
@@ -321,11 +295,8 @@ def reason(file, error):
 
 def read_file(file, spec):
     """What the spec wants of one file, as it is stored."""
-    for path in paths_of(file):
-        if not path.exists():
-            raise BadClip("missing")
-        if is_stub(path):
-            raise BadClip("a git-lfs stub, never fetched")
+    if problem := what_is_wrong(file):
+        raise BadClip(problem)
     array = READERS[spec["kind"]](file, spec)
     if not np.isfinite(array).all():
         raise BadClip("not finite")
@@ -344,13 +315,6 @@ def finish(folder, plan, labels, skipped):
 # A lister takes the raw folder; its keyword arguments are the dataset's options -> (clips, classes, {modality: kind}).
 
 
-def find_files(raw, *suffixes):
-    """All files below a folder that end so, in any case. They are sorted so that {path.stem: path} holds, of several
-    with one name, the first by the alphabet: .flv before .mp4."""
-    paths = [Path(path) for path in walk(raw) if path.lower().endswith(suffixes)]
-    return sorted(paths, key=lambda path: (path.suffix.lower(), path), reverse=True)
-
-
 def walk(folder, above=()):
     """Yield the paths of all that is below a folder, but hidden things; of links in a circle, none a second time."""
     real = os.path.realpath(folder)
@@ -364,16 +328,26 @@ def walk(folder, above=()):
                     yield from walk(entry.path, (*above, real))
 
 
+def find_files(raw, *suffixes):
+    """All files below a folder that end so, in any case. They are sorted so that {path.stem: path} holds, of several
+    with one name, the first by the alphabet: .flv before .mp4."""
+    paths = [Path(path) for path in walk(raw) if path.lower().endswith(suffixes)]
+    return sorted(paths, key=lambda path: (path.suffix.lower(), path), reverse=True)
+
+
 def split_of(name):
     """The split that a file or folder is named after, as my_train, validate, val_256 are; None if none or several."""
     found = set(re.findall("(?<![a-z])(train|val|test)(?:ing|id|idate|idation)?(?![a-z])", name.lower()))
     return found.pop() if len(found) == 1 else None
 
 
-def find_lists(folder, *suffixes):
-    """{split: path} of the lists that are named after a split."""
+def read_lists(folder, *suffixes):
+    """Yield (split, path, fields) of every line of the lists that are named after a split, train first, test last."""
     found = {split_of(path.stem): path for path in find_files(folder, *suffixes)}
-    return {split: found[split] for split in SPLITS if split in found}
+    for split in SPLITS:
+        if split in found:
+            for fields in csv.reader(found[split].read_text("utf-8-sig").splitlines()):
+                yield split, found[split], [field.strip() for field in fields]
 
 
 def draw_splits(clips, val=0.1, test=0.1):
@@ -397,13 +371,11 @@ def shuffle_evenly(groups):
     classes = {}  # {label, or -1 for several: groups}
     for group in sorted(groups):
         labels = {clip.label for clip in groups[group]}
-        label = labels.pop() if len(labels) == 1 else -1
-        classes.setdefault(label, []).append(group)
+        classes.setdefault(labels.pop() if len(labels) == 1 else -1, []).append(group)
     places = []  # (where in 0..1 it stands in its class, group)
     for label in sorted(classes):
         shuffled = rng.permutation(classes[label]).tolist()
-        for rank, group in enumerate(shuffled):
-            places.append(((rank + 0.5) / len(shuffled), group))
+        places += [((rank + 0.5) / len(shuffled), group) for rank, group in enumerate(shuffled)]
     return [group for _, group in sorted(places)]
 
 
@@ -422,11 +394,10 @@ CREMAD_ID = re.compile(r"\d{4}_[A-Z]{3}_(ANG|DIS|FEA|HAP|NEU|SAD)_[A-Z]{2}")  # 
 
 
 def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, split="clips", split_dir=None):
-    """CREMA-D: 7,442 clips, 91 actors, six emotions.
-    `raw` holds <id>.wav and <id>.flv (or .mp4) at any depth. split "clips" draws 80 / 10 / 10 per cent at random over
-    clips, as in the paper: every actor is in all three. "actors" holds out whole actors. `split_dir` holds lists with
-    lines `id,EMO` instead: my_train.csv or train.csv, test.csv, and val.csv unless a tenth of train is to be drawn.
-    What FFmpeg can read of the four clips known to be bad is kept: see README.md."""
+    """CREMA-D: 7,442 clips, 91 actors, six emotions. `raw` holds <id>.wav and <id>.flv (or .mp4) at any depth.
+    split "clips" draws 80 / 10 / 10 per cent at random over clips, as in the paper: every actor is in all three;
+    "actors" holds out whole actors. `split_dir` holds lists with lines `id,EMO` instead: my_train.csv or train.csv,
+    test.csv, and val.csv unless a tenth of train is to be drawn."""
     if split not in ("clips", "actors"):
         raise DataError(f"--split is clips or actors, not {split}")
     if split == "actors" and split_dir:
@@ -441,30 +412,25 @@ def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, s
     for i in ids:
         files = {"audio": sounds.get(i, raw / f"{i}.wav"), "visual": films.get(i, raw / f"{i}.flv")}
         clips.append(Clip(i, EMOTIONS.index(i[9:12]), "train", files, i[:4] if split == "actors" else i))
-    if split_dir:
-        clips = read_splits(split_dir, clips)
-    else:
+    kinds = {"audio": "fbank", "visual": "frames"}
+    if not split_dir:
         draw_splits(clips)
-    return clips, EMOTIONS, {"audio": "fbank", "visual": "frames"}
-
-
-def read_splits(folder, clips):
-    """The clips that CREMA-D's circulating lists name; an unknown id, a wrong label or an overlap is an error."""
+        return clips, EMOTIONS, kinds
     unlisted = {clip.id: clip for clip in clips}
-    listed = []
-    for split, path in find_lists(folder, ".csv").items():
-        for line in path.read_text("utf-8-sig").split():
-            if line == "name,label":  # some begin with a header
-                continue
-            i, _, emotion = line.partition(",")
-            if i not in unlisted or i[9:12] != emotion:
-                raise DataError(f"{path}: {line} is not among the raw files, not what its name says, or listed twice")
-            unlisted[i].split = split
-            listed.append(unlisted.pop(i))
-    if not listed:
-        raise DataError(f"{folder} holds no lists: it takes my_train.csv (or train.csv), test.csv and maybe val.csv")
-    complete_splits(listed)
-    return listed
+    clips = []
+    for split, path, fields in read_lists(split_dir, ".csv"):
+        i = fields[0] if fields else "name"
+        if i == "name":  # a header, or nothing
+            continue
+        if i not in unlisted or fields[1:] != [i[9:12]]:
+            line = ",".join(fields)
+            raise DataError(f"{path}: {line} is not among the raw files, not what its name says, or listed twice")
+        clips.append(unlisted.pop(i))
+        clips[-1].split = split
+    if not clips:
+        raise DataError(f"{split_dir} holds no lists: it takes my_train.csv (or train.csv), test.csv, maybe val.csv")
+    complete_splits(clips)
+    return clips, EMOTIONS, kinds
 
 
 KINETICS_SOUNDS = """blowing nose, blowing out candles, bowling, chopping wood, dribbling basketball, laughing,
@@ -475,17 +441,21 @@ stomping grapes, tap dancing, tapping guitar, tapping pen, tickling""".replace("
 
 
 def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, bins=128, shift=10.0, split_dir=None):
-    """Kinetics-Sounds: the clips of 31 classes out of Kinetics-400.
-    `raw` holds, at any depth, train and val (or test) with a folder per class, or flat beside train.csv and val.csv
-    (label,youtube_id,time_start,...). `split_dir` holds the lists that circulate instead, train.txt and test.txt
-    with lines <youtube id>_<start>...,<seconds>,<label>. Test is the validation set, of 1,544 clips, where there is
-    one, and validation a tenth of train; but the circulating lists test on Kinetics-400's *test* split."""
+    """Kinetics-Sounds: 31 classes of Kinetics-400. `raw` holds, at any depth, train and val (or test) with a folder per
+    class, or flat beside train.csv and val.csv (label,youtube_id,time_start,...). `split_dir` holds the lists that
+    circulate instead, with lines <youtube id>_<start>...,<seconds>,<label>: they test on Kinetics-400's test split.
+    Else test is the validation set, where there is one, and validation a tenth of train."""
     paths = find_files(raw, ".mp4", ".mkv", ".webm")
     paths.sort(key=lambda path: path.parent.name.startswith("replacement"))  # of corrupt clips of the same name
     found = {clip_key(path.stem): path for path in paths}
     rows = []  # (split, clip, label)
-    for split, path in find_lists(split_dir or raw, ".txt", ".csv").items():
-        rows += [(split, key, label) for key, label in kinetics_rows(path)]
+    for split, path, fields in read_lists(split_dir or raw, ".txt", ".csv"):
+        if len(fields) == 3:  # a list that circulates
+            if int(fields[2]) >= len(KINETICS_SOUNDS):
+                raise DataError(f"{path}: labels are 0 to 30, not {fields[2]}")
+            rows.append((split, clip_key(fields[0]), int(fields[2])))
+        elif fields and fields[0] in KINETICS_SOUNDS:  # Kinetics' annotations
+            rows.append((split, clip_key(f"{fields[1]}_{fields[2]}"), KINETICS_SOUNDS.index(fields[0])))
     if not rows and not split_dir:
         rows = kinetics_folders(raw, paths)
     if not any(key in found for _, key, _ in rows):
@@ -508,27 +478,18 @@ def clip_key(stem):
     return f"{match[1]}_{int(match[2]):06d}" if match else ""
 
 
-def kinetics_rows(path):
-    """Yield (clip, label) from a list that circulates, or from one of Kinetics' annotation files."""
-    for fields in csv.reader(path.read_text("utf-8-sig").splitlines()):
-        if len(fields) == 3:  # <youtube id>_<start>..., seconds, label
-            if int(fields[2]) >= len(KINETICS_SOUNDS):
-                raise DataError(f"{path}: labels are 0 to 30, not {fields[2]}")
-            yield clip_key(fields[0]), int(fields[2])
-        elif fields and fields[0] in KINETICS_SOUNDS:  # label, youtube id, start, ...
-            yield clip_key(f"{fields[1]}_{fields[2]}"), KINETICS_SOUNDS.index(fields[0])
-
-
 def kinetics_folders(raw, paths):
     """[(split, clip, label)] from the names of the folders that a clip lies in, test last."""
-    rows = {split: [] for split in SPLITS}
+    rows = []
     for path in paths:
-        folders = [name.replace("_", " ") for name in path.relative_to(raw).parts[:-1]]
-        splits = list(filter(None, map(split_of, folders)))
-        labels = [KINETICS_SOUNDS.index(name) for name in folders if name in KINETICS_SOUNDS]
-        if splits and labels and clip_key(path.stem):
-            rows[splits[-1]].append((splits[-1], clip_key(path.stem), labels[-1]))
-    return [*rows["train"], *rows["val"], *rows["test"]]
+        split = label = None
+        for name in path.relative_to(raw).parts[:-1]:
+            name = name.replace("_", " ")
+            split = split_of(name) or split
+            label = KINETICS_SOUNDS.index(name) if name in KINETICS_SOUNDS else label
+        if split and label is not None and clip_key(path.stem):
+            rows.append((split, clip_key(path.stem), label))
+    return sorted(rows, key=lambda row: SPLITS.index(row[0]))
 
 
 UCF_ID = re.compile(r"v_(\w+?)_g(\d+)_c\d+", re.IGNORECASE)
@@ -537,11 +498,9 @@ PICTURES_OF_FLOW = "TV-L1, from the pictures in the raw folder"
 
 
 def ucf101(raw, frames=3, keep=1, size=224, fold=1):
-    """UCF-101: RGB and optical flow of 13,320 clips, 101 classes.
-    `raw` holds v_<Class>_gNN_cNN.avi at any depth. The official splits are a rule, so that no lists are needed: fold
-    k tests on groups 7k-6 to 7k (held against the lists, where they are there). Validation is a tenth of the training
-    groups, since the clips of a group are cut from one video. Flow is TV-L1 where there are pictures of it (see
-    find_flow), else it is computed."""
+    """UCF-101: RGB and optical flow of 13,320 clips, 101 classes. `raw` holds v_<Class>_gNN_cNN.avi at any depth.
+    The official splits are a rule: fold k tests on groups 7k-6 to 7k. Validation is a tenth of the training groups,
+    since the clips of a group are cut from one video. Flow is TV-L1 where there are pictures of it, else computed."""
     paths = find_files(raw, ".avi", ".txt")
     films = {path.stem: path for path in paths if path.suffix != ".txt" and UCF_ID.fullmatch(path.stem)}
     if not films:
@@ -566,21 +525,17 @@ def ucf101(raw, frames=3, keep=1, size=224, fold=1):
 
 
 def find_flow(raw):
-    """{clip in lower case: (u, v), two folders of pictures} of precomputed flow: <clip>/flow_x*.jpg and flow_y*.jpg,
-    or u/<clip>/*.jpg and v/<clip>/*.jpg, in which there may be folders of classes. Half of it is an error."""
-    u = {}
-    v = {}
+    """{clip in lower case: (u, v), the folders of its pictures}: <clip>/flow_x*.jpg and flow_y*.jpg, or u/<clip>/*.jpg
+    and v/<clip>/*.jpg, in which there may be folders of classes. Half of it is an error."""
+    found = {"u": {}, "v": {}}
     for folder in map(Path, walk(raw)):
-        if not (UCF_ID.fullmatch(folder.name) and folder.is_dir()):
-            continue
-        above = folder.parts[-3:-1]
-        if "u" in above or any(folder.glob("flow_x*")):
-            u[folder.name.lower()] = folder
-        if "v" in above or any(folder.glob("flow_y*")):
-            v[folder.name.lower()] = folder
-    if bool(u) != bool(v):
+        if UCF_ID.fullmatch(folder.name) and folder.is_dir():
+            for axis, pictures in ("u", "flow_x*"), ("v", "flow_y*"):
+                if axis in folder.parts[-3:-1] or any(folder.glob(pictures)):
+                    found[axis][folder.name.lower()] = folder
+    if bool(found["u"]) != bool(found["v"]):
         raise DataError(f"{raw} holds half of the optical flow, u or v: unpack all parts, or move it away")
-    return {clip: (folder, v.get(clip, raw / "v" / folder.name)) for clip, folder in u.items()}
+    return {clip: (folder, found["v"].get(clip, raw / "v" / folder.name)) for clip, folder in found["u"].items()}
 
 
 FILE_TYPES = {
@@ -590,7 +545,7 @@ FILE_TYPES = {
     "features": (".npy",),
 }
 KINDS = {"picture": "frames", "sound": "fbank", "features": "sequence"}
-KINDS_OF_A_VIDEO = {"audio": "fbank", "flow": "flow"}  # by what the column is called
+KINDS_OF_A_VIDEO = {"audio": "fbank", "flow": "flow"}  # by what the column is called; else frames
 
 
 def file_type(path):
@@ -599,11 +554,10 @@ def file_type(path):
 
 
 def own_data(table, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0):
-    """Your own clips from a CSV.
-    It has a column `label`, and may have `split` (train, val or test; else 80 / 10 / 10 per cent are drawn, every
-    label in its share), `group` (clips of a group then stay together) and `id`. Every other column is a modality and
-    holds files, relative to the CSV: a video becomes frames, a picture one frame, a sound its fbank, a .npy of (T, D)
-    or (D,) numbers a feature sequence; a video in a column `audio` becomes sound, in one called `flow` flow."""
+    """Your own clips from a CSV. It has a column `label`, and may have `split` (train, val or test; else 80 / 10 / 10
+    per cent are drawn, every label in its share), `group` (clips of a group stay together) and `id`. Every other column
+    is a modality and holds files, relative to the CSV: a video (whose sound counts in a column `audio`, whose motion
+    in `flow`), a picture, a sound, or a .npy of (T, D) or (D,) numbers."""
     rows, types = read_table(table)
     classes = sorted(set(rows["label"]))
     if len(classes) < 2:
@@ -617,27 +571,19 @@ def own_data(table, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.
         clips.append(Clip(row["id"], classes.index(row["label"]), split, files, group))
     draw = complete_splits if "split" in rows else draw_splits
     draw(clips)
-    warn_of_shared_files(clips)
+    places = {(os.path.realpath(path), clip.split) for clip in clips for path in clip.files.values()}
+    count = Counter(path for path, _ in places)
+    if shared := sorted(path for path in count if count[path] > 1):  # what was trained on is no test
+        where = " and ".join(split for split in SPLITS if (shared[0], split) in places)
+        print(f"warning: {len(shared):,} files are in several splits, as {shared[0]} in {where}", file=sys.stderr)
     kinds = {m: KINDS_OF_A_VIDEO.get(m, "frames") if t == "video" else KINDS[t] for m, t in types.items()}
     return clips, classes, kinds
-
-
-def warn_of_shared_files(clips):
-    """What was trained on is no test."""
-    splits = {}  # {file: the splits that it is in}
-    for clip in clips:
-        for path in clip.files.values():
-            splits.setdefault(os.path.realpath(path), set()).add(clip.split)
-    shared = [path for path, found in splits.items() if len(found) > 1]
-    if shared:
-        where = " and ".join(sorted(splits[shared[0]]))
-        print(f"warning: {len(shared):,} files are in several splits, as {shared[0]} in {where}", file=sys.stderr)
 
 
 def read_table(table):
     """The CSV's rows, each with an id, and {modality: type of its files}; a wrong row is named by its line."""
     text = table.read_bytes().decode("utf-8-sig", errors="replace")
-    if "\ufffd" in text or text.startswith("sep="):
+    if {"\ufffd", "\0"} & set(text) or text.startswith("sep="):
         raise DataError(f"{table} cannot be understood: save it as UTF-8, with commas, and without a line sep=")
     cells = pd.read_csv(io.StringIO(text), header=None, dtype=str, keep_default_na=False, skip_blank_lines=False)
     cells = cells.map(str.strip)
@@ -680,60 +626,54 @@ def demo(raw, clips=2100, seed=0):
     return drawn, EMOTIONS, {"audio": "fbank", "visual": "frames"}
 
 
-MOSI_SHA256 = "d3994fd25681"  # of aligned_50.pkl, its beginning
-
-
-def mosi(raw, folder, recorded):
+def mosi(raw, folder):
     """CMU-MOSI from one pickle in MMSA's or MultiBench's layout: text, audio and vision as (N, T, D) -> folder.
-    No lister: the arrays are there and only need cleaning. What is not finite becomes the mean; every feature is
-    standardised with the training set's statistics over what is not padding; padding is exactly 0. Two classes:
-    sentiment < 0, and >= 0."""
-    if raw.name == "aligned_50.pkl" and recorded["sha256"] != MOSI_SHA256:
+    No lister: the arrays only need standardising, by the training set's statistics. Two classes: score < 0, >= 0."""
+    if not raw.is_file():
+        raise DataError(f"--raw {raw} is no file: it takes the pickle itself, as aligned_50.pkl")
+    recorded = {"raw": raw.name, "sha256": fingerprint(raw)}
+    if is_prepared(folder, recorded):
+        return folder
+    if raw.name == "aligned_50.pkl" and recorded["sha256"] != "d3994fd25681":
         print(f"warning: {raw} is not the {raw.name} that MMSA publishes: its SHA-256 is another", file=sys.stderr)
-    specs = {}
+    plan = {"dataset": "mosi", "options": recorded, "classes": ["negative", "non-negative"], "modalities": {}}
+    plan["splits"] = {}  # {split: ids}
     arrays = {}  # {file: array}
     labels = {}
-    ids = {}
     skipped = []
     scale = {}  # {modality: mean and deviation over the training set}
-    bad = {}  # {modality: which of the clips have no finite number in it}
     with explained(f"{raw} is not CMU-MOSI as MMSA or MultiBench lay it out, but damaged, or a web page or a git-lfs "
                    "stub saved in its place: download it anew"):  # fmt: skip
         pickled = PlainUnpickler(io.BytesIO(raw.read_bytes()), encoding="latin1").load()
         for split, part in ("train", pickled["train"]), ("val", pickled["valid"]), ("test", pickled["test"]):
+            n = len(part["text"])
+            ids = [str(i) for i in np.reshape(part.get("id", range(n)), (n, -1))[:, 0]]
+            score = np.float32(part.get("regression_labels", part.get("labels"))).reshape(n, -1)[:, 0]
+            bad = {"score": ~np.isfinite(score)}
             for m in "text", "audio", "vision":
                 x = np.asarray(part[m], np.float32)  # (N, T, D)
-                present = is_present(x, m, part)  # (N, T)
+                spec = {"kind": "sequence", "shape": list(x.shape[1:]), "dtype": "float32"}
+                if plan["modalities"].setdefault(m, spec) != spec or len(x) != n:
+                    raise ValueError(f"in {split}, {m} has the shape {x.shape}")
+                present = x.any(-1)  # (N, T), which steps are no padding; some pickles tell it
+                if f"{m}_lengths" in part:
+                    present = np.arange(x.shape[1]) < np.reshape(part[f"{m}_lengths"], (-1, 1))
+                elif m == "text" and "text_bert" in part:  # (N, 3, T): ids, mask, segments
+                    present = np.asarray(part["text_bert"])[:, 1] != 0
                 scale.setdefault(m, statistics([x[present]]))
                 arrays[f"{split}/{m}"] = standardise(x, present, *scale[m])
-                spec = {"kind": "sequence", "shape": list(x.shape[1:]), "dtype": "float32"}
-                if specs.setdefault(m, spec) != spec or len(x) != len(part["text"]):
-                    raise ValueError(f"in {split}, {m} has the shape {x.shape}")
                 bad[m] = present.any(1) & ~(np.isfinite(x) & present[..., None]).any((1, 2))
-            score = np.float32(part.get("regression_labels", part.get("labels"))).reshape(len(x), -1)[:, 0]
-            bad["score"] = ~np.isfinite(score)
             labels[split] = np.where(np.any(list(bad.values()), axis=0), SKIPPED, score >= 0)
-            ids[split] = [str(i) for i in np.reshape(part.get("id", range(len(x))), (len(x), -1))[:, 0]]
-            for what, rows in bad.items():
-                skipped += [[split, ids[split][row], f"no {what}"] for row in np.flatnonzero(rows)]
-    plan = {"dataset": "mosi", "options": recorded, "classes": ["negative", "non-negative"]}
+            for row in np.flatnonzero(labels[split] == SKIPPED):
+                skipped.append([split, ids[row], "no " + next(what for what, rows in bad.items() if rows[row])])
+            plan["splits"][split] = ids
     with exclusive(folder, wait=True):
-        if is_prepared(folder, recorded):  # by another process, meanwhile
-            return folder
-        for name, array in arrays.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            write_atomically(folder / f"{name}.npy", partial(np.save, arr=array))
-        finish(folder, {**plan, "modalities": specs, "splits": ids}, labels, skipped)
+        if not is_prepared(folder, recorded):  # by another process, meanwhile
+            for name, array in arrays.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                write_atomically(folder / f"{name}.npy", partial(np.save, arr=array))
+            finish(folder, plan, labels, skipped)
     return folder
-
-
-def is_present(x, modality, part):
-    """Which steps of (N, T, D) are no padding, (N, T) bool: by the pickle's lengths or mask, else the non-zero ones."""
-    if f"{modality}_lengths" in part:
-        return np.arange(x.shape[1]) < np.reshape(part[f"{modality}_lengths"], (-1, 1))
-    if modality == "text" and "text_bert" in part:  # (N, 3, T): ids, mask, segments
-        return np.asarray(part["text_bert"])[:, 1] != 0
-    return x.any(-1)
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -752,30 +692,24 @@ class PlainUnpickler(pickle.Unpickler):
 DATASETS = {"demo": demo, "cremad": cremad, "kinetics": kinetics, "ucf101": ucf101, "mosi": mosi}
 MIRROR = "https://gitlab.com/cs-cooper-lab/crema-d-mirror"
 SOURCES = {  # name: (what it is called when it is there, where to get it); the README tells of others
-    "cremad": ("CREMA-D", f"""3 GB, with git-lfs:
-     GIT_LFS_SKIP_SMUDGE=1 git clone --depth 1 {MIRROR}.git CREMA-D
-     git -C CREMA-D lfs pull -I "AudioWAV/**,VideoFlash/**" """),
+    "cremad": ("CREMA-D", f"""3 GB, with git-lfs: GIT_LFS_SKIP_SMUDGE=1 git clone --depth 1 {MIRROR}.git CREMA-D
+     && git -C CREMA-D lfs pull -I "AudioWAV/**,VideoFlash/**" """),
     "kinetics": ("kinetics400", "436 GB: https://github.com/cvdfoundation/kinetics-dataset"),
     "ucf101": ("UCF101", "6.5 GB, to be unpacked: https://www.crcv.ucf.edu/data/UCF101/UCF101.rar"),
-    "mosi": ("aligned_50.pkl", """367 MB:
-     https://huggingface.co/datasets/tamb2203579/CMU-MOSI/resolve/main/Processed/aligned_50.pkl"""),
+    "mosi": ("aligned_50.pkl", "367 MB: "
+             "https://huggingface.co/datasets/tamb2203579/CMU-MOSI/resolve/main/Processed/aligned_50.pkl"),
 }  # fmt: skip
 
 
-def how_to_get(name):
-    raw, source = SOURCES[name]
-    return f"Get {raw}, {source}"
-
-
-def how_to_prepare(name, folder):
-    """What to do when a prepared dataset is not there."""
+def how_to_get(folder):
+    """What to do when a dataset is not there."""
+    name = folder.name
     out = "" if folder.parent == Path("prepared") else f" --out {folder.parent}"
     if name not in SOURCES:
-        table = name if name == "demo" else f"{name}.csv"
-        return f"{folder} holds no manifest.json: make it with  python data.py {table}{out}"
-    return (f"{name} is not prepared: {folder} holds no manifest.json\n  1. {how_to_get(name)}\n"
-            f"  2. Prepare it:  python data.py {name} --raw {SOURCES[name][0]}{out}\n"
-            f"Or see the method at work now:  python dr.py --dataset demo")  # fmt: skip
+        return f"Make it:  python data.py {name if name == 'demo' else name + '.csv'}{out}"
+    raw, source = SOURCES[name]
+    return (f"\n  1. Get {raw}, {source}\n  2. python data.py {name} --raw {raw}{out}\n"
+            "Or see the method at work now:  python dr.py --dataset demo")  # fmt: skip
 
 
 # --- 3  Reading media: one of a clip's files -> its rows. PyAV's wheels carry FFmpeg. ---
@@ -786,11 +720,9 @@ def middles(length, count):
     return [int((i + 0.5) * length / count) for i in range(count)]
 
 
-def open_media(path, mode="r", **more):
+def open_media(path):
     """Open a file with FFmpeg; a title that is no Unicode does not make it a bad one."""
     url = f"file:{path}"  # lest a name with a colon be taken for a protocol
-    if mode == "w":
-        return av.open(url, mode, **more)
     # FFmpeg would probe a .wav for coded sound in disguise: ten times as long as reading it
     options = {"probesize": "4096"} if path.suffix == ".wav" else {}
     try:
@@ -799,28 +731,32 @@ def open_media(path, mode="r", **more):
         return av.open(url, options=options)
 
 
-def decode(stream, packets):
+def films_in(container):
+    """Its streams of pictures, but for covers."""
+    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+
+
+def packets_of(stream):
+    return (packet for packet in stream.container.demux(stream) if packet.size)
+
+
+def decode(stream):
     """Yield what is shown or heard. Packets that cannot be decoded are passed over, as `ffmpeg -i` does."""
     stream.codec_context.thread_count = 1  # it is the clips that are read in parallel
-    for packet in chain(packets, [None]):  # None: what is still in the decoder comes out
-        with suppress(av.error.InvalidDataError):
+    for packet in chain(packets_of(stream), [None]):  # None: what is still in the decoder comes out
+        with suppress(av.error.InvalidDataError, av.error.ArgumentError, av.error.PatchWelcomeError):
             yield from stream.codec_context.decode(packet)
 
 
 def read_frames(path, spec):
     """Frames at the middles of equal parts of a clip, squeezed to squares: (count * keep, size, size, 3) uint8."""
     size = spec["size"]
-    if file_type(path) == "picture":
-        return read_picture(path, size)[None]
-    return np.stack([convert(frame, size, size, "rgb24") for frame in pick_frames(path, spec)])
-
-
-def read_picture(path, size):
-    """A picture, turned as its camera says, squeezed to a square: (size, size, 3) uint8."""
+    if file_type(path) != "picture":
+        return np.stack([convert(frame, size, size, "rgb24") for frame in pick_frames(path, spec)])
     with Image.open(path) as picture:
         if picture.mode[0] in "IF":  # 16 or 32 bits: converting would cut the values off at 255
             raise BadClip("more than 8 bits per pixel: save it with 8")
-        return np.asarray(over_white(ImageOps.exif_transpose(picture)).resize((size, size)))
+        return np.asarray(over_white(ImageOps.exif_transpose(picture)).resize((size, size)))[None]
 
 
 def over_white(picture):
@@ -832,9 +768,8 @@ def over_white(picture):
 
 
 def convert(frame, width, height, form):
-    """A decoded frame as an array, turned as its camera says. In one thread: for one picture, starting several takes
-    ten times as long as that. The converter is a new one: PyAV 19 keeps one, and a forked process would wait for its
-    parent's threads for ever."""
+    """A decoded frame as an array, turned as its camera says. In one thread, since starting several takes ten times as
+    long; by a new converter, since in a forked process PyAV 19's would wait for its parent's threads for ever."""
     turns = round(frame.rotation / 90)
     if any(component.is_alpha for component in frame.format.components):
         pixels = VideoReformatter().reformat(frame, format="rgba", threads=1).to_ndarray()
@@ -858,21 +793,11 @@ def pick_frames(path, spec, pairs=False):
         frames = {}
         shown = 0
         with open_media(path) as container:
-            stream = films_in(container)[0]
-            for frame in islice(decode(stream, packets_of(stream)), wanted[-1] + 1):
+            for frame in islice(decode(films_in(container)[0]), wanted[-1] + 1):
                 if shown in wanted:
                     frames[shown] = frame
                 shown += 1
     return [frames[i] for i in wanted]
-
-
-def films_in(container):
-    """Its streams of pictures, but for covers."""
-    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-
-
-def packets_of(stream):
-    return (packet for packet in stream.container.demux(stream) if packet.size)
 
 
 def count_packets(path, spec):
@@ -887,8 +812,8 @@ def count_packets(path, spec):
             packets += 1
             if key is None and packet.is_keyframe:
                 key = packet
-            lost = key is None or None not in (packet.pts, key.pts) and packet.pts < key.pts  # what it needs was cut off
-            length += not (lost or packet.is_discard)  # the edit list of an MP4 may hide some
+            cut = key is None or None not in (packet.pts, key.pts) and packet.pts < key.pts  # off from what it needs
+            length += not (cut or packet.is_discard)  # the edit list of an MP4 may hide some
             last = max(last, packet.pts or 0)
         if packets < 0.9 * stream.frames:
             raise BadClip(f"truncated, {length} of {stream.frames} frames are there")
@@ -904,18 +829,23 @@ def count_packets(path, spec):
 def read_flow(source, spec):
     """Optical flow at the middles of equal parts, (count * keep, size, size, 2) uint8: 128 is none, 255 is 20 pixels.
     `source` is a pair of folders of pictures (see find_flow), or a video, for OpenCV's DIS (Kroeger et al. 2016)."""
-    fields = flow_from_pictures if isinstance(source, tuple) else flow_by_dis
+    if isinstance(source, tuple):
+        u, v = flow_pictures(source)
+        axes = [Image.open(axis[i]) for i in middles(len(u), spec["count"] * spec["keep"]) for axis in (u, v)]
+    else:
+        import cv2
+
+        cv2.setNumThreads(1)
+        dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        frames = pick_frames(source, spec, pairs=True)
+        grey = [np.ascontiguousarray(convert(frame, None, None, "gray")) for frame in frames]  # it takes no padded rows
+        axes = []
+        for first, second in zip(grey[::2], grey[1::2]):
+            move = 128 + dis.calc(first, second, None) * (127 / 20)  # (H, W, 2)
+            axes += map(Image.fromarray, np.uint8(np.clip(move, 0, 255).round()).transpose(2, 0, 1))
     size = (spec["size"], spec["size"])
-    axes = [axis.convert("L").resize(size, Image.BILINEAR) for axis in fields(source, spec)]
+    axes = [axis.convert("L").resize(size, Image.BILINEAR) for axis in axes]  # u, v, u, v, ...
     return np.stack(axes).reshape(-1, 2, *size).transpose(0, 2, 3, 1)
-
-
-def flow_from_pictures(folders, spec):
-    """Yield u, v, u, v, ... as pictures."""
-    u, v = flow_pictures(folders)
-    for i in middles(len(u), spec["count"] * spec["keep"]):
-        yield Image.open(u[i])
-        yield Image.open(v[i])
 
 
 def flow_pictures(folders):
@@ -927,36 +857,23 @@ def flow_pictures(folders):
     return u, v
 
 
-def flow_by_dis(path, spec):
-    """Yield u, v, u, v, ... as pictures."""
-    import cv2
-
-    cv2.setNumThreads(1)
-    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    grey = []
-    for frame in pick_frames(path, spec, pairs=True):
-        grey.append(np.ascontiguousarray(convert(frame, None, None, "gray")))  # OpenCV takes no padded rows
-    for first, second in zip(grey[::2], grey[1::2]):
-        move = 128 + dis.calc(first, second, None) * (127 / 20)  # (H, W, 2)
-        yield from map(Image.fromarray, np.uint8(np.clip(move, 0, 255).round()).transpose(2, 0, 1))
-
-
 def read_sound(path, rate=16000, longest=math.inf):
-    """A file's sound, or some more than its first `longest` seconds, as mono float32 in [-1, 1] at `rate` samples a
+    """A file's sound, or little more than its first `longest` seconds, as mono float32 in [-1, 1] at `rate` samples a
     second: (samples,)."""
     frames = []
     seconds = 0.0
     with open_media(path) as container:
         if not container.streams.audio:
             raise BadClip("no sound")
-        stream = container.streams.audio[0]
-        for frame in decode(stream, packets_of(stream)):
+        for frame in decode(container.streams.audio[0]):
             frames.append(frame)
             seconds += frame.samples / frame.sample_rate
             if seconds > longest:
                 break
-        told = length_told(path, container, stream)
-    sound = [mono(part) for part in resample(frames, rate)]
+        told = length_told(path, container)
+    # a new converter where the format changes on the way
+    runs = groupby(frames, lambda frame: (frame.sample_rate, frame.format.name, frame.layout.name))
+    sound = [resample(list(run), rate) for _, run in runs]
     if sum(map(len, sound)) < 400:  # less than one window of 25 ms
         raise BadClip("no sound")
     if seconds < min(0.9 * told, longest):
@@ -964,52 +881,43 @@ def read_sound(path, rate=16000, longest=math.inf):
     return np.concatenate(sound)
 
 
-def length_told(path, container, stream):
-    """The seconds that a file says its sound has, 0 if it does not; what was cut off counts."""
+def length_told(path, container):
+    """The seconds that a file says its sound has, what was cut off included; 0 if it does not say."""
+    stream = container.streams.audio[0]
     told = float((stream.duration or 0) * stream.time_base)
     with open(path, "rb") as file:
         riff, size = file.read(4), int.from_bytes(file.read(4), "little")
     if riff == b"RIFF" and size < 0x7FFFF000:  # a WAV that was made in a stream tells no size, or the largest
-        return told * (size + 8) / path.stat().st_size
+        return told * (size + 8) / container.size
     rate = stream.codec_context.bit_rate
-    reckoned = 8 * container.size / rate if rate else 0  # what FFmpeg makes of the size where nothing is told
-    if films_in(container) and not stream.frames or abs(told - reckoned) < 0.05 * told:
-        return 0
-    return told
+    guess = 8 * container.size / rate if rate else 0  # what FFmpeg makes of the size where nothing is told
+    return 0 if films_in(container) and not stream.frames or abs(told - guess) < 0.05 * told else told
 
 
 def resample(frames, rate):
-    """Yield (samples, channels) float32; more than once where the format changes on the way."""
-    for _, same in groupby(frames, lambda frame: (frame.sample_rate, frame.format.name, frame.layout.name)):
-        same = list(same)
-        graph = av.filter.Graph()  # what PyAV's AudioResampler does, which starts threads, and waits for them, per file
-        graph.threads = 1
-        first = same[0]
-        source = graph.add_abuffer(None, first.sample_rate, first.format, first.layout, time_base=first.time_base)
-        resampler = graph.add("aformat", f"sample_fmts=flt:sample_rates={rate}")
-        graph.link_nodes(source, resampler, graph.add("abuffersink")).configure()
-        for frame in [*same, None]:  # None: no more will come
-            graph.push(frame)
-        parts = []
-        with suppress(EOFError):
-            while True:
-                part = graph.pull()
-                parts.append(part.to_ndarray().reshape(part.samples, -1))
-        if parts:
-            yield np.concatenate(parts)
-
-
-def mono(sound):
-    """(samples, channels) -> (samples,), their mean; where the channels cancel each other out, the loudest."""
+    """Frames of one format -> mono (samples,). Where their channels cancel each other out, the loudest is taken."""
+    graph = av.filter.Graph()  # what PyAV's AudioResampler does, which starts threads, and waits for them, per file
+    graph.threads = 1
+    first = frames[0]
+    source = graph.add_abuffer(None, first.sample_rate, first.format, first.layout, time_base=first.time_base)
+    resampler = graph.add("aformat", f"sample_fmts=flt:sample_rates={rate}")
+    graph.link_nodes(source, resampler, graph.add("abuffersink")).configure()
+    for frame in [*frames, None]:  # None: no more will come
+        graph.push(frame)
+    parts = [np.zeros((0, len(first.layout.channels)), np.float32)]  # (samples, channels)
+    with suppress(EOFError):
+        while True:
+            part = graph.pull()
+            parts.append(part.to_ndarray().reshape(part.samples, -1))
+    sound = np.concatenate(parts)
     mix = sound.mean(1)
-    loudness = sound.var(0)
-    return mix if mix.var() >= 0.01 * loudness.mean() else sound[:, loudness.argmax()]
+    loudness = np.square(sound).mean(0)
+    return sound[:, loudness.argmax()] if np.square(mix).mean() < 0.01 * loudness.mean() else mix
 
 
 def fbank(sound, spec, rate=16000):
-    """Kaldi's log-mel filter banks as the official code takes them: (1, bins, frames) float16.
-    Mean removed, a Hanning window of 25 ms every `shift` ms, no dither; cut, or padded with zeros before
-    normalising, as the official code does."""
+    """Kaldi's log-mel filter banks as the official code takes them: (1, bins, frames) float16. Mean removed, a Hanning
+    window of 25 ms every `shift` ms, no dither; cut, or padded with zeros before normalising."""
     wave = torch.from_numpy(sound - sound.mean())[None]  # (1, samples)
     mel = kaldi.fbank(wave, sample_frequency=rate, num_mel_bins=spec["bins"], frame_shift=spec["shift"],
                       window_type="hanning", htk_compat=True, use_energy=False, dither=0.0)  # fmt: skip
@@ -1020,7 +928,7 @@ def fbank(sound, spec, rate=16000):
 
 def read_fbank(path, spec):
     seconds = spec["shape"][-1] * spec["shift"] / 1000
-    return fbank(read_sound(path, longest=max(60, seconds + 1)), spec)  # so the mean is one of a minute at most
+    return fbank(read_sound(path, longest=max(60, seconds + 1)), spec)  # the mean is one of a minute at most
 
 
 def open_features(path):
@@ -1046,15 +954,15 @@ def read_features(path, spec):
 def sequence_spec(m, clips):
     """The longest length and the width of a modality's .npy files, and the training set's statistics."""
     shapes = {}  # {path: (T, D)}
-    problem = ""
+    problems = []
     for clip in clips:
         try:
             shapes[clip.files[m]] = open_features(clip.files[m]).shape
         except Exception as error:  # it is skipped, with its reason, when it is prepared
-            problem = problem or reason(clip.files[m], error)
+            problems.append(reason(clip.files[m], error))
     train = [clip.files[m] for clip in clips if clip.split == "train" and clip.files[m] in shapes]
     if not train:
-        raise DataError(f"no training clip has a .npy file of (T, D) or (D,) numbers in the column {m}; {problem}")
+        raise DataError(f"no training clip has a .npy file of (T, D) or (D,) numbers in the column {m}; {problems[0]}")
     widths = [shapes[path][1] for path in train]
     width = max(widths, key=widths.count)
     mean, std = statistics([path for path in train if shapes[path][1] == width], open_features)
@@ -1065,16 +973,17 @@ def sequence_spec(m, clips):
 def statistics(items, read=np.asarray):
     """Mean and deviation of each feature of the (n, D) numbers read(item), over what is finite; that of a constant is
     1. One item at a time is in memory."""
-    count = total = squares = 0
-    for item in items:
-        x = read(item)
-        count = count + np.isfinite(x).sum(0)
-        total = np.vstack([np.broadcast_to(total, x.shape[1]), np.where(np.isfinite(x), x, 0)]).sum(0, np.float64)
-    mean = total / np.maximum(count, 1)
-    for item in items:
-        x = read(item) - mean
-        squares = np.vstack([np.broadcast_to(squares, mean.shape), np.where(np.isfinite(x), x * x, 0)]).sum(0)
-    std = np.sqrt(squares / np.maximum(count, 1))
+
+    def mean_of(f):
+        total = count = 0
+        for item in items:
+            x = f(read(item).astype(np.float64))
+            total = np.vstack([total + np.zeros_like(x[:1]), np.where(np.isfinite(x), x, 0)]).sum(0)
+            count = count + np.isfinite(x).sum(0)
+        return total / np.maximum(count, 1)
+
+    mean = mean_of(np.asarray)
+    std = np.sqrt(mean_of(lambda x: (x - mean) ** 2))
     return mean, np.where(std > 1e-8 * np.abs(mean), std, 1)  # less is what rounding makes of a constant
 
 
@@ -1090,7 +999,7 @@ def standardise(x, present, mean, std):
 READERS = {"frames": read_frames, "flow": read_flow, "fbank": read_fbank, "sequence": read_features}
 
 
-# --- 4  The machinery of preparing: processes, a journal, writing atomically ---
+# --- 4  The machinery of preparing: locks, processes, a journal, writing atomically ---
 
 
 @contextmanager
@@ -1132,15 +1041,16 @@ JOURNAL_EVERY = 2.0  # seconds: flushing every clip to the disk would be slow
 
 def make_arrays(folder, plan):
     """Write the plan down and create its arrays at full size, once the disk is seen to hold them."""
-    wanted = {}  # {path: (dtype, shape)}
+    new = {}  # {path: (dtype, shape)}
     for split, ids in plan["splits"].items():
         for m, spec in plan["modalities"].items():
-            wanted[folder / split / f"{m}.npy"] = (spec["dtype"], (len(ids), *spec["shape"]))
-    new = {path: array for path, array in wanted.items() if not is_array(path, *array)}
-    size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in new.values())
+            array = np.dtype(spec["dtype"]), (len(ids), *spec["shape"])
+            if not is_array(folder / split / f"{m}.npy", *array):
+                new[folder / split / f"{m}.npy"] = array
+    needed = sum(dtype.itemsize * math.prod(shape) for dtype, shape in new.values())
     free = shutil.disk_usage(folder).free
-    if size > free:
-        raise DataError(f"{folder} will take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
+    if needed > free:
+        raise DataError(f"{folder} will take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
                         "give another --out, or a smaller --size")  # fmt: skip
     if new or not (folder / "plan.json").exists():  # what a journal may tell of is not there
         for split in SPLITS:
@@ -1162,9 +1072,13 @@ def is_array(path, dtype, shape):
 
 def fill_arrays(folder, plan, splits, workers, max_bad):
     """Prepare the clips that are left -> {split: labels}, [[split, clip, why it was skipped]]."""
-    labels = {split: read_journal(folder / split / "labels.npy", clips) for split, clips in splits.items()}
+    labels = {}
     todo = []  # (clip, row)
     for split, clips in splits.items():
+        labels[split] = np.array([clip.label for clip in clips])
+        path = folder / split / "labels.npy"
+        done = is_array(path, np.int64, (len(clips),)) and np.load(path) == labels[split]
+        labels[split] = np.where(done, labels[split], NOT_YET)  # what was skipped is read again
         todo += [(clip, row) for row, clip in enumerate(clips) if labels[split][row] == NOT_YET]
     total = sum(map(len, splits.values()))
     skipped = []
@@ -1191,13 +1105,6 @@ def fill_arrays(folder, plan, splits, workers, max_bad):
     return labels, skipped
 
 
-def read_journal(path, clips):
-    """The labels of the clips that are done, NOT_YET for the others: those that were skipped are read again."""
-    labels = np.array([clip.label for clip in clips], np.int64)
-    done = np.load(path) == labels if is_array(path, labels.dtype, labels.shape) else False
-    return np.where(done, labels, NOT_YET)
-
-
 def save_journal(folder, labels, modalities):
     """Flush the arrays to the disk first, and only then write down which of their rows are there."""
     for split, array in labels.items():
@@ -1212,18 +1119,19 @@ def in_parallel(work, jobs, workers=None):
     When a process dies (inside FFmpeg), the next jobs are done one at a time; the one it dies on yields None."""
     done = 0
     careful = 0  # up to here one at a time
+    most = 61 if sys.platform == "win32" else math.inf  # it cannot wait for more
     while done < len(jobs):
         alone = done < careful
-        size = 1 if alone else workers or cpu_count()
-        if sys.platform == "win32":
-            size = min(size, 61)  # it cannot wait for more
-        part = jobs[done:careful] if alone else jobs[done:]
-        pool = ProcessPoolExecutor(size, initializer=start_worker)
+        processes = 1 if alone else min(workers or cpu_count(), most)
+        next_jobs = jobs[done:careful] if alone else jobs[done:]
+        pool = ProcessPoolExecutor(processes, initializer=start_worker)
+        pressed = []  # Python loses a Ctrl-C that comes while it forks: it is heeded when all workers are there
+        usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
         try:
-            pressed = []  # Python loses a Ctrl-C that comes while it forks: it is heeded when all workers are there
-            usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-            check_start(pool)
-            results = pool.map(work, *zip(*part), chunksize=1 if alone else 8)
+            if pool.submit(os.getpid).exception():  # a worker did not even start
+                raise DataError("no process can be started to read the clips: on Windows and macOS, a script prepares "
+                                "and trains below  if __name__ == '__main__':")  # fmt: skip
+            results = pool.map(work, *zip(*next_jobs), chunksize=1 if alone else 8)
             signal.signal(signal.SIGINT, usual)
             if pressed:
                 raise KeyboardInterrupt
@@ -1234,17 +1142,10 @@ def in_parallel(work, jobs, workers=None):
             if alone:
                 done += 1
                 yield None
-            careful = max(careful, done + 32 * size)  # more jobs than a pool has at hand
+            careful = max(careful, done + 32 * processes)  # more jobs than a pool has at hand
         finally:
+            signal.signal(signal.SIGINT, usual)
             pool.shutdown(cancel_futures=True)
-
-
-def check_start(pool):
-    try:
-        pool.submit(os.getpid).result()
-    except BrokenProcessPool:
-        raise DataError("no process could be started to read the clips: a script that prepares or trains has to do so "
-                        "below  if __name__ == '__main__':  (on Windows and macOS)") from None  # fmt: skip
 
 
 def start_worker():
@@ -1318,40 +1219,36 @@ def load(name, root="prepared", modalities=None):
     Raises DataError, with the commands that make the dataset, if it is not there."""
     folder = Path(root) / name
     if not (folder / "manifest.json").exists():
-        raise DataError(how_to_prepare(name, folder))
+        raise DataError(f"{folder} holds no manifest.json. {how_to_get(folder)}")
     with explained(f"{folder} is damaged: delete it and prepare it again"):
-        return open_arrays(name, folder, read_json(folder / "manifest.json"), modalities)
-
-
-def open_arrays(name, folder, manifest, modalities=None):
-    """The memory maps that a manifest tells of -> Dataset."""
-    specs = manifest["modalities"]
-    for m in modalities or ():
-        if m not in specs:
-            raise DataError(f"{name} has no modality {m}; it has {', '.join(specs)}")
-    specs = {m: specs[m] for m in modalities or specs}
-    splits = {}
-    for split, ids in manifest["splits"].items():
-        labels = np.load(folder / split / "labels.npy")
-        rows = np.flatnonzero(labels >= 0)
-        arrays = {m: np.load(folder / split / f"{m}.npy", mmap_mode="r") for m in specs}
-        for m, array in arrays.items():
-            if array.shape != (len(labels), *specs[m]["shape"]):
-                raise ValueError(f"{split}/{m}.npy has the shape {array.shape}")
-        if not len(rows):
-            raise DataError(f"{folder}/{split} holds no clip: see what manifest.json says was skipped")
-        splits[split] = Split(arrays, specs, rows, labels[rows], [ids[row] for row in rows])
-    shapes = {m: tuple(spec["shape"]) for m, spec in specs.items()}  # as `normalise` makes them
-    for m, spec in specs.items():
-        if "count" in spec:
-            shapes[m] = (spec["count"], spec["shape"][-1], spec["size"], spec["size"])
-    return Dataset(**splits, classes=manifest["classes"], shapes=shapes)
+        manifest = read_json(folder / "manifest.json")
+        specs = manifest["modalities"]
+        for m in modalities or ():
+            if m not in specs:
+                raise DataError(f"{name} has no modality {m}; it has {', '.join(specs)}")
+        specs = {m: specs[m] for m in modalities or specs}
+        splits = {}
+        for split, ids in manifest["splits"].items():
+            labels = np.load(folder / split / "labels.npy")
+            rows = np.flatnonzero(labels >= 0)
+            arrays = {m: np.load(folder / split / f"{m}.npy", mmap_mode="r") for m in specs}
+            for m, array in arrays.items():
+                if array.shape != (len(labels), *specs[m]["shape"]):
+                    raise ValueError(f"{split}/{m}.npy has the shape {array.shape}")
+            if not len(rows):
+                raise DataError(f"{folder}/{split} holds no clip: see what manifest.json says was skipped")
+            splits[split] = Split(arrays, specs, rows, labels[rows], [ids[row] for row in rows])
+        shapes = {m: tuple(spec["shape"]) for m, spec in specs.items()}  # as `normalise` makes them
+        for m, spec in specs.items():
+            if "count" in spec:
+                shapes[m] = (spec["count"], spec["shape"][-1], spec["size"], spec["size"])
+        return Dataset(**splits, classes=manifest["classes"], shapes=shapes)
 
 
 def add_noise(dataset, modality, level):
     """Gaussian noise on every clip of one modality, `level` times as strong as the modality's own standard deviation.
-    A clip keeps its noise over the epochs, as a bad recording does, so that it can be memorised. The noisy array is
-    held in memory; padding stays 0. Raises DataError if the dataset has no such modality of real numbers."""
+    A clip keeps its noise over the epochs, as a bad recording does, so that it can be memorised; padding stays 0. The
+    noisy array is held in memory."""
     if modality not in dataset.shapes:
         raise DataError(f"no {modality} to put noise on; there is {', '.join(dataset.shapes)}")
     train = dataset.train
@@ -1425,9 +1322,9 @@ def memory_format(device):
 
 
 def augment(x, kind, rng):
-    """Each sample by draws of its own, mildly: a crop and a flip for frames and flow, a gain for spectrograms.
-    Crops take 0.6 to 1 of the area at 0.9 to 1.1 of the ratio, one for all frames of a clip; sounds become louder or
-    softer by 2 dB or so, which on their logarithmic scale is a shift."""
+    """Each sample by draws of its own, mildly: frames and flow by a crop of 0.6 to 1 of the area, at 0.9 to 1.1 of the
+    ratio, and a flip, one for all frames of a clip; sounds become louder or softer by 2 dB or so, a shift of their
+    logarithms."""
     B = len(x)
     if kind == "fbank":  # (B, 1, F, T)
         return x + to_device(np.float32(rng.normal(0, 0.05, B)), x.device)[:, None, None, None]
@@ -1453,9 +1350,8 @@ def batches(split, batch_size, seed=None, device="cpu", augmented=False, part=(0
     """Yield ({modality: tensor (B, ...)}, labels (B,)) over one split, once.
     With a seed (an int or a tuple of ints) in random order, the same for the same seed; without, in the order of the
     clips. The last batch may be smaller, or, lest it be a single clip, larger: none is lost, none comes twice.
-    part=(rank, world), for random order, is one process's piece of every batch. All pieces of a batch are of one
-    size, so that the mean of their gradients is the batch's: some clips of a last batch that cannot be shared out
-    evenly come twice."""
+    part=(rank, world), for random order, is one process's piece of every batch. All pieces are of one size, so that
+    the mean of their gradients is the batch's: some clips of a last batch may come twice."""
     rank, world = part
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:  # the current GPU is one per thread, and another one reads ahead
@@ -1709,15 +1605,6 @@ def say(voice, sentence, tone, rng):
     return np.clip(sound, -1, 1), talk.reshape(int(FPS * SECONDS), -1).mean(1)
 
 
-def film(path, pictures):
-    """pictures (96, 96, 3) uint8 each -> a Flash video, Sorenson H.263. It is silent: the sound is in the WAV."""
-    with open_media(path, "w", format="flv", options={"flush_packets": "0"}) as movie:
-        video = movie.add_stream("flv1", FPS, width=SIZE, height=SIZE, bit_rate=400_000)
-        for picture in pictures:
-            movie.mux(video.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
-        movie.mux(video.encode())
-
-
 def perform(raw, seed, index, name):
     """Write one clip of the demo, from random numbers of its own -> its name."""
     wav = f"{raw}/AudioWAV/{name}.wav"
@@ -1732,7 +1619,11 @@ def perform(raw, seed, index, name):
     expression = np.clip(mean[:6] + FACE_SPREAD * rng.normal(size=6) + look["rest"], -1.3, 1.3)
     sound, talk = say(look, sentence, mean[6:] + VOICE_SPREAD * rng.normal(size=7), rng)
     scipy.io.wavfile.write(wav + ".part", RATE, np.int16(32767 * sound))
-    film(flv + ".part", act(look, expression, talk, rng))
+    with av.open(f"file:{flv}.part", "w", format="flv", options={"flush_packets": "0"}) as movie:
+        video = movie.add_stream("flv1", FPS, width=SIZE, height=SIZE, bit_rate=400_000)  # Sorenson H.263, silent
+        for picture in act(look, expression, talk, rng):
+            movie.mux(video.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        movie.mux(video.encode())
     for path in wav, flv:
         os.replace(path + ".part", path)  # a kill leaves no half file under the final name
     return name
@@ -1784,35 +1675,29 @@ def show(name, root="prepared"):
     return path
 
 
-def silent_clips(dataset):
-    """The ids of the clips whose sound is silence: their spectrograms are the logarithm of nothing, or padding."""
-    nothing = np.float16(np.log(torch.finfo(torch.float).eps))
+def overview(dataset):
+    """Lines of 80 columns at most: how many clips of each class each split holds, the extremes of many classes, and
+    warnings of what is too few to learn from or to measure, and of silence."""
+    names = [f"{name[:46]:<46}" for name in dataset.classes]
+    splits = dict(zip(SPLITS, (dataset.train, dataset.val, dataset.test)))
+    counts = {name: np.bincount(split.labels, minlength=len(names)) for name, split in splits.items()}
+    table = pd.DataFrame(counts, names)
+    lines = (table if len(names) <= 40 else table.agg(["min", "max"])).to_string(col_space=8).splitlines()
+    least = table.min().idxmin()
+    if table[least].min() < 2:
+        name = table[least].idxmin().strip()[:24]
+        lines.append(f"warning: fewer than two clips, {table[least].min()}, of the class {name} in {least}")
+    if len(dataset.val) < 10 * len(names):
+        lines.append("warning: fewer than ten clips per class to validate on: purity gaps are mostly luck")
+    nothing = np.float16(np.log(torch.finfo(torch.float).eps))  # the logarithm of it
     silent = []
-    for split in dataset.train, dataset.val, dataset.test:
+    for split in splits.values():
         for m, array in split.arrays.items():
             if split.specs[m]["kind"] == "fbank":
-                for row, i in zip(split.rows, split.ids):
-                    if array[row, 0, 0, 0] == nothing and np.isin(array[row], (nothing, 0)).all():
-                        silent.append(i)
-    return silent
-
-
-def table_of_classes(dataset):
-    """How many clips of each class each split holds, where there are many classes the extremes; lines for a terminal
-    of 80 columns, with one more where that is too few to learn from, or to measure."""
-    C = len(dataset.classes)
-    counts = [np.bincount(split.labels, minlength=C) for split in (dataset.train, dataset.val, dataset.test)]
-    rows = [*zip(dataset.classes, *counts)]
-    if C > 40:
-        rows = [(f"fewest of {C} classes", *map(min, counts)), ("most", *map(max, counts))]
-    lines = []
-    for name, *numbers in ("clips per class", *SPLITS), *rows:
-        lines.append(f"  {name[:47]:<48}" + "".join(f"{n:>10}" for n in numbers))
-    number, split, name = min((n, split, name) for split, c in zip(SPLITS, counts) for n, name in zip(c, dataset.classes))
-    if number < 2:
-        lines.append(f"warning: fewer than two clips, {number}, of the class {name[:24]} in {split}")
-    if len(dataset.val) < 10 * C:
-        lines.append("warning: fewer than ten clips per class to validate on: purity gaps are mostly luck")
+                bands = array[split.rows[:, None], 0, [0, array.shape[2] // 2]]  # (N, 2, T), the lowest and the middle
+                silent += [split.ids[k] for k in np.flatnonzero(np.isin(bands, (nothing, 0)).all((1, 2)))]
+    if silent:
+        lines.append(f"warning: silence is all that is heard in {len(silent):,} clips, as {silent[0]}"[:80])
     return lines
 
 
@@ -1837,12 +1722,11 @@ def parse(words):
         if name != "mosi":
             options = {"workers": cpu_count(), "max_bad": MAX_BAD.get(name, 5.0)}
             for option, default in {**options, **default_options(DATASETS.get(name, own_data))}.items():
-                kind = str if default is None else type(default)
-                p.add_argument(f"--{option.replace('_', '-')}", type=kind, default=default, help=OPTIONS[option][0])
+                of_type = str if default is None else type(default)
+                p.add_argument(f"--{option.replace('_', '-')}", type=of_type, default=default, help=OPTIONS[option][0])
     args = vars(parser.parse_args(words))
     if tables:
-        args["raw"] = Path(tables[0])
-        args["name"] = args.pop("called")
+        args.update(raw=Path(tables[0]), name=args.pop("called"))
     return args
 
 
@@ -1854,7 +1738,8 @@ def one_line_for_errors(program):
     except Exception as error:
         says = str(error)
         if is_out_of_memory(error):
-            says = f"out of memory: a smaller --batch-size takes less, and fewer --workers ({one_line(error)})"
+            says = f"out of memory: a smaller --batch-size takes less, and fewer --workers ({error})"
+            says = textwrap.shorten(says, 200)
         elif isinstance(error, OSError):
             says += "; when that is mended, the same command resumes"
         elif not isinstance(error, (DataError, FloatingPointError)):
@@ -1874,21 +1759,19 @@ def main():
             print(show(args["name"], args["out"]))
             return
         if args.get("raw", "") is None:
-            raise DataError(f"--raw is missing. {how_to_prepare(args['name'], folder)}")
+            raise DataError(f"--raw is missing. {how_to_get(folder)}")
         made = (folder / "manifest.json").exists()
         prepare(**args)
         manifest = read_json(folder / "manifest.json")
         dataset = load(args["name"], args["out"])  # what is damaged is said
     if made:
         print(f"{folder} was there already; to prepare it anew, delete it")
-    size = sum(p.stat().st_size for p in folder.glob("*/*.npy")) / 1e9
+    gigabytes = sum(p.stat().st_size for p in folder.glob("*/*.npy")) / 1e9
     counts = ", ".join(f"{len(ids):,} {s}" for s, ids in manifest["splits"].items())
-    print(f"{folder}: {counts} clips, {size:.2f} GB; {len(manifest['skipped'])} skipped")
-    for split, clip, reason in manifest["skipped"]:
-        print(f"  {clip} ({split}): {reason}")
-    if silent := silent_clips(dataset):
-        print(f"warning: the sound of {len(silent):,} clips is silence: {textwrap.shorten(', '.join(silent), 80)}")
-    print(*table_of_classes(dataset), sep="\n")
+    print(f"{folder}: {counts} clips, {gigabytes:.2f} GB; {len(manifest['skipped'])} skipped")
+    for split, clip, problem in manifest["skipped"]:
+        print(f"  {clip} ({split}): {problem}")
+    print(*overview(dataset), sep="\n")
 
 
 if __name__ == "__main__":

@@ -300,7 +300,7 @@ def train(config):
                 strengths = {m: relearning_strength(gap, config.lam) for m, gap in gaps.items()}
                 entry["relearnt"] = config.method in RELEARNING and run.relearnings < config.times
                 if entry["relearnt"]:
-                    strengths = run.relearn(run.model, initial, gaps, config.lam)
+                    strengths = RELEARNING[config.method](run.model, initial, gaps, config.lam)
                     run.relearnings += 1
                 entry["diagnosis"] = {m: diagnosis[m] | {"strength": strengths[m]} for m in gaps}
 
@@ -312,34 +312,28 @@ def train(config):
 # ---- 6  Other methods: rivals of D&R, and D&R with one thing changed ----------------------------------------------
 # Each rival is its official code with that code's defaults; what differs is said. Their uni-modal logits are `parts`
 # of the joint ones, where some official codes train extra heads.
-def joint_and_unimodal(model, inputs, labels):
-    """One forward pass -> features, logits, the joint loss L, and the sum over modalities of L_m."""
+def compare(model, inputs, labels):
+    """One forward pass, and how far each modality is -> a namespace."""
     features = model.features(inputs)
+    parts = model.fusion.parts(features)
     logits = model.fusion(features)
-    unimodal = sum(F.cross_entropy(part, labels) for part in model.fusion.parts(features).values())
-    return features, logits, F.cross_entropy(logits, labels), unimodal
+    s = {m: part.detach().softmax(1).gather(1, labels[:, None]).mean() for m, part in parts.items()}
+    return SimpleNamespace(
+        features=features,  # {m: (B, D)}
+        logits=logits,  # (B, n_classes)
+        loss=F.cross_entropy(logits, labels),  # L
+        unimodal_loss=sum(F.cross_entropy(part, labels) for part in parts.values()),  # the sum of L_m
+        s=s,  # the mean probability of the right class by m's part; of two modalities, s / others is OGM-GE's ratio
+        others={m: (sum(s.values()) - s[m]) / (len(s) - 1) for m in s},  # the mean of the others' s
+    )
 
 
 def multitask(model, inputs, labels, t):
     """Joint training plus one cross-entropy per modality.
     L + sum over m of L_m: the baseline of MMPareto's official code. The loss returned is L, to compare methods by."""
-    _, logits, joint_loss, unimodal_loss = joint_and_unimodal(model, inputs, labels)
-    (joint_loss + unimodal_loss).backward()
-    return joint_loss, logits
-
-
-def multitask_relearnt(model, inputs, labels, t):
-    """multitask, diagnosed and re-learnt as D&R is."""
-    return multitask(model, inputs, labels, t)
-
-
-@torch.no_grad()
-def modality_scores(model, features, labels):
-    """How far each modality is, and the others are -> {modality: (s, the mean of the others' s)}, scalars.
-    s_m: the mean probability of the right class by m's part of the logits; of two, s / others is OGM-GE's ratio."""
-    parts = model.fusion.parts(features)
-    s = {m: part.softmax(1).gather(1, labels[:, None]).mean() for m, part in parts.items()}
-    return {m: (s[m], (sum(s.values()) - s[m]) / (len(s) - 1)) for m in s}
+    out = compare(model, inputs, labels)
+    (out.loss + out.unimodal_loss).backward()
+    return out.loss, out.logits
 
 
 def ogm(model, inputs, labels, t):
@@ -352,33 +346,31 @@ def ogm_ge(model, inputs, labels, t, alpha=0.8, until=0.5, noise=True):
     In the first half of training the gradients of encoder m's convolutions and linear layers (officially: convolutions)
     times k_m = 1 - tanh(alpha r_m) if r_m > 1 (officially the audio's at r = 1, too), else 1, plus N(0, std(grad)^2),
     tensor by tensor, each process its own, the std before they are slowed. alpha is the authors' for CREMA-D."""
-    features = model.features(inputs)
-    logits = model.fusion(features)
-    loss = F.cross_entropy(logits, labels)
-    loss.backward()
+    out = compare(model, inputs, labels)
+    out.loss.backward()
     if t > until:
-        return loss, logits
-    for m, (own, others) in modality_scores(model, features, labels).items():
-        ratio = own / others
+        return out.loss, out.logits
+    for m, encoder in model.encoders.items():
+        ratio = out.s[m] / out.others[m]
         factor = torch.where(ratio > 1, 1 - torch.tanh(alpha * ratio), 1.0)
-        for p in model.encoders[m].parameters():
+        for p in encoder.parameters():
             if p.dim() > 1:
                 spread = noise * (p.grad.std() + 1e-8)
                 p.grad = factor * p.grad + spread * torch.randn_like(p.grad)
-    return loss, logits
+    return out.loss, out.logits
 
 
 def mlb(model, inputs, labels, t, alpha=0.5, beta=10.0):
     """MLB (Kontras et al., BMVC 2024): multitask, slowed and sped up.
     Times k_m = 1 + tanh(alpha (1/r_m - 1)), or 1 + (beta - 1) tanh(alpha (1/r_m - 1)) where r_m < 1, on all parameters
     of encoder m. alpha and beta are the authors' for CREMA-D. They scale m's head, too; here it is the joint one's."""
-    features, logits, joint_loss, unimodal_loss = joint_and_unimodal(model, inputs, labels)
-    (joint_loss + unimodal_loss).backward()
-    for m, (own, others) in modality_scores(model, features, labels).items():
-        pace = torch.tanh(alpha * (others / own - 1))
-        for p in model.encoders[m].parameters():
+    out = compare(model, inputs, labels)
+    (out.loss + out.unimodal_loss).backward()
+    for m, encoder in model.encoders.items():
+        pace = torch.tanh(alpha * (out.others[m] / out.s[m] - 1))
+        for p in encoder.parameters():
             p.grad *= 1 + pace * torch.where(pace > 0, beta - 1, 1.0)
-    return joint_loss, logits
+    return out.loss, out.logits
 
 
 def opm(model, inputs, labels, t, base=0.5, gain=0.5, chance=0.7, warm_up=0.05):
@@ -386,12 +378,14 @@ def opm(model, inputs, labels, t, base=0.5, gain=0.5, chance=0.7, warm_up=0.05):
     A sample loses z_m with probability q_m = base (1 + gain tanh(r_m - 1)) if r_m > 1, else 0; what stays is divided
     by 1 - theta, theta the mean of q over all features. In a share `chance` of the batches, after 6 in 100 epochs.
     Some modality is always behind, so no sample loses all."""
-    features = model.features(inputs)
+    out = compare(model, inputs, labels)
+    features = out.features
     if t > warm_up and torch.rand(()) < chance:
         q = {}
-        for m, (own, others) in modality_scores(model, features, labels).items():
-            q[m] = torch.where(own > others, base * (1 + gain * torch.tanh(own / others - 1)), 0.0)
-        theta = sum(q[m] * x.shape[1] for m, x in features.items()) / sum(x.shape[1] for x in features.values())
+        for m, s in out.s.items():
+            q[m] = torch.where(s > out.others[m], base * (1 + gain * torch.tanh(s / out.others[m] - 1)), 0.0)
+        widths = {m: x.shape[1] for m, x in features.items()}
+        theta = sum(q[m] * widths[m] for m in q) / sum(widths.values())
         for m, x in features.items():
             keep = torch.rand(len(x), 1, device=x.device) >= q[m]
             features[m] = x * keep / (1 - theta)
@@ -406,22 +400,22 @@ def mmpareto(model, inputs, labels, t, gamma=1.5):
     With g, h an encoder's gradients of L and L_m: new = 2 w g + 2 (1 - w) h, where w = 1/2 if they agree (g.h > 0),
     else at the point of the segment nearest to 0, w = (h.h - g.h) / |g - h|^2. Each tensor that is shorter than g + h
     is enlarged to that norm; all are multiplied by gamma. The head keeps g + h."""
-    _, logits, joint_loss, unimodal_loss = joint_and_unimodal(model, inputs, labels)
+    out = compare(model, inputs, labels)
     parameters = list(model.parameters())
-    g = dict(zip(parameters, torch.autograd.grad(joint_loss, parameters, retain_graph=True)))
-    h = dict(zip(parameters, torch.autograd.grad(unimodal_loss, parameters)))
+    g = dict(zip(parameters, torch.autograd.grad(out.loss, parameters, retain_graph=True)))
+    h = dict(zip(parameters, torch.autograd.grad(out.unimodal_loss, parameters)))
     for p in parameters:
         p.grad = g[p] + h[p]
     for encoder in model.encoders.values():
-        gh = sum((g[p] * h[p]).sum() for p in encoder.parameters())
-        hh = sum((h[p] * h[p]).sum() for p in encoder.parameters())
-        apart = sum((g[p] - h[p]).square().sum() for p in encoder.parameters())
-        w = torch.where(gh > 0, 0.5, (hh - gh) / apart.clamp_min(1e-30))
+        all_g = torch.cat([g[p].flatten() for p in encoder.parameters()])
+        all_h = torch.cat([h[p].flatten() for p in encoder.parameters()])
+        nearest = (all_h @ (all_h - all_g)) / (all_g - all_h).square().sum().clamp_min(1e-30)
+        w = torch.where(all_g @ all_h > 0, 0.5, nearest)
         for p in encoder.parameters():
             new = 2 * w * g[p] + 2 * (1 - w) * h[p]
             longer = p.grad.norm() / new.norm().clamp_min(1e-30)
             p.grad = gamma * longer.clamp_min(1) * new
-    return joint_loss, logits
+    return out.loss, out.logits
 
 
 def dgl(model, inputs, labels, t, alpha=4.0):
@@ -452,19 +446,20 @@ def inforeg(model, inputs, labels, t, beta=0.9, threshold=0.04):
     if getattr(model, "anchor_epoch", None) != epoch:
         model.anchor_epoch = epoch
         model.anchor = {p: p.detach().clone() for p in model.encoders.parameters()}
-    features, logits, joint_loss, unimodal_loss = joint_and_unimodal(model, inputs, labels)
-    (joint_loss + unimodal_loss).backward()
+    out = compare(model, inputs, labels)
+    (out.loss + out.unimodal_loss).backward()
     squares = [sum(p.grad.square().sum() for p in encoder.parameters()) for encoder in model.encoders.values()]
     model.traces[epoch] += average(torch.stack(squares))  # section 8: over the processes
     if epoch < 2:
-        return joint_loss, logits
+        return out.loss, out.logits
     before, last = model.traces[epoch - 2 : epoch]
     is_open = last - before > threshold * last  # (M,)
-    for k, (m, (own, others)) in enumerate(modality_scores(model, features, labels).items()):
-        pull = torch.where(is_open[k] & (own > others), torch.exp(beta * torch.tanh(own - others)), 0.0)
-        for p in model.encoders[m].parameters():
+    for k, (m, encoder) in enumerate(model.encoders.items()):
+        delta = out.s[m] - out.others[m]
+        pull = torch.where(is_open[k] & (delta > 0), torch.exp(beta * torch.tanh(delta)), 0.0)
+        for p in encoder.parameters():
             p.grad += pull * (p.detach() - model.anchor[p])
-    return joint_loss, logits
+    return out.loss, out.logits
 
 
 def relearn_same(model, initial, gaps, lam):
@@ -499,13 +494,13 @@ def relearn_statistics(model, initial, gaps, lam):
     return strengths
 
 
-def relearn_momentum(model, initial, gaps, lam, optimiser):
+def relearn_momentum(model, initial, gaps, lam):
     """D&R, and the optimiser's momentum set to 0."""
     strengths = relearn(model, initial, gaps, lam)
     for m, strength in strengths.items():
         for p in model.encoders[m].parameters():
             if strength > 0:
-                optimiser.state.pop(p, None)
+                model.optimiser.state.pop(p, None)
     return strengths
 
 
@@ -515,14 +510,10 @@ def relearn_new(model, initial, gaps, lam):
     return relearn(model, initial_weights(another), gaps, lam)
 
 
-def relearn_equal(model, initial, gaps, lam):
-    """D&R by max(0, P_train - P_val) of equally many clips."""
-    return relearn(model, initial, gaps, lam)  # the gaps are those of equal_gap
-
-
 def equal_gap(x_train, y_train, x_val, y_val, n_clusters, n_init=10):
-    """purity_gap without two biases: the purity of fewer clips is larger by luck, and of another person's clips it may
-    be larger in truth; neither is learning -> (P_train, P_val, g), of as many clips as the smaller set has, drawn."""
+    """D&R by max(0, P_train - P_val) of equally many clips.
+    purity_gap without two biases: the purity of fewer clips is larger by luck, and of another person's clips it may be
+    larger in truth; neither is learning -> (P_train, P_val, g), of as many clips as the smaller set has, drawn."""
     n = min(len(y_train), len(y_val))
     some = torch.randperm(len(y_train))[:n].numpy()
     others = torch.randperm(len(y_val))[:n].numpy()
@@ -530,29 +521,28 @@ def equal_gap(x_train, y_train, x_val, y_val, n_clusters, n_init=10):
     return p_train, p_val, max(0.0, p_train - p_val)
 
 
-MEASURES = {"dr-equal": equal_gap}  # {--method: how its gaps are measured}; all others' are purity_gap
-
-
-def noise_floor(measure, x_train, y_train, x_val, y_val, n_clusters, shuffles=3):
-    """The gap that luck alone gives, with labels that are shuffled: a mean, by k-means of one start."""
+def with_floor(measure, x_train, y_train, x_val, y_val, n_clusters, n_init=10, shuffles=3):
+    """A measure's P_train, P_val and gap, and the gap's floor, what luck alone gives: the mean over labels that are
+    shuffled, by k-means of one start."""
+    found = measure(x_train, y_train, x_val, y_val, n_clusters, n_init)
     rng = np.random.default_rng(0)
-    gaps = []
+    lucky = []
     for _ in range(shuffles):
-        shuffled = measure(x_train, rng.permutation(y_train), x_val, rng.permutation(y_val), n_clusters, n_init=1)
-        gaps.append(shuffled[2])
-    return float(np.mean(gaps))
+        lucky.append(measure(x_train, rng.permutation(y_train), x_val, rng.permutation(y_val), n_clusters, n_init=1)[2])
+    return dict(zip(("P_train", "P_val", "gap"), found), floor=float(np.mean(lucky)))
 
 
 for method in (multitask, ogm, ogm_ge, mlb, opm, mmpareto, dgl, inforeg):
     METHODS[method.__name__.replace("_", "-")] = method
-METHODS["multitask+dr"] = multitask_relearnt
+METHODS["multitask+dr"] = multitask
 COMPARING = METHODS.keys() - {"joint", "dr"}  # they take two modalities at least, and a fusion with `parts`
-RELEARNING["multitask+dr"] = relearn
 for ablation in (relearn_same, relearn_hard, relearn_largest, relearn_smallest, relearn_statistics, relearn_momentum,
-                 relearn_new, relearn_equal):  # fmt: skip
-    name = ablation.__name__.replace("relearn_", "dr-")
-    RELEARNING[name] = ablation
-    METHODS[name] = joint
+                 relearn_new):  # fmt: skip
+    RELEARNING[ablation.__name__.replace("relearn_", "dr-")] = ablation
+RELEARNING |= {"multitask+dr": relearn, "dr-equal": relearn}
+for name in RELEARNING:
+    METHODS.setdefault(name, joint)
+MEASURES = {"dr-equal": equal_gap}  # {--method: how its gaps are measured}; all others' are purity_gap
 
 
 # ---- 7  Other encoders and fusions: what has tokens, some of which may be padding ---------------------------------
@@ -688,15 +678,14 @@ class BottleneckModel(MultimodalModel):
         S = len(self.bottleneck)
         x = {}
         padding = {}
-        mask = {}  # padding, behind the bottleneck
         for m, encoder in self.encoders.items():
             tokens, padding[m] = tokens_of(encoder, inputs[m])
             x[m] = encoder.project(tokens)  # (B, N, width)
-            mask[m] = None if padding[m] is None else F.pad(padding[m], (S, 0))
         shared = self.bottleneck.expand(len(tokens), -1, -1)  # (B, S, width)
         for k in range(self.depth):
             for m, encoder in self.encoders.items():
-                x[m] = encoder.bottleneck_layers[k](torch.cat([shared, x[m]], 1), src_key_padding_mask=mask[m])
+                mask = None if padding[m] is None else F.pad(padding[m], (S, 0))  # a mask of nothing costs 5 %
+                x[m] = encoder.bottleneck_layers[k](torch.cat([shared, x[m]], 1), src_key_padding_mask=mask)
             shared = sum(y[:, :S] for y in x.values()) / len(x)
             x = {m: y[:, S:] for m, y in x.items()}
         return {m: masked_mean(x[m], padding[m]) for m in x}
@@ -791,25 +780,22 @@ def shorten(name, most=100):
     return name.encode()[: most - 9].decode(errors="ignore") + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
-def differences(config, settings):
-    """In what a run differs from the stored settings of another; where they run is not among it."""
-    return [k for k, v in config.stored().items() if k not in ("device", "data", "out") and v != settings.get(k)]
-
-
 def is_done(config):
     """Has this very run been finished, on whatever device? Raises DataError if its folder holds another one."""
-    if not (config.folder / "summary.json").exists():
-        return False
-    if differences(config, json.loads((config.folder / "config.json").read_text())):
-        raise data.DataError(f"{config.folder} holds another finished run: give a --name, or delete it")
-    return True
+    done = (config.folder / "summary.json").exists()
+    if done or (config.folder / "last.pt").exists():
+        before = json.loads((config.folder / "config.json").read_text())
+        differ = [key for key, value in config.stored().items() if key not in PLACES and value != before.get(key)]
+        if differ:
+            other = f"{config.folder} holds a run with another {', '.join(differ)}"
+            raise data.DataError(f"{other}: finish or delete that, or give a --name")
+    return done
 
 
 @contextlib.contextmanager
 def begin(config):
-    """All that a run works on, set up, its folder held against other processes -> a namespace, for a `with`.
-    Raises DataError for what does not fit together. Under torchrun every process has its own; the main process alone
-    evaluates, diagnoses, writes and prints."""
+    """All that a run works on, its folder held against other processes -> a namespace, for a `with`. Under torchrun
+    every process has its own; the main process alone evaluates, diagnoses, writes and prints."""
     device = set_up(config)
     dataset = load_dataset(config)
     with data.exclusive(config.folder) if is_main() else contextlib.nullcontext():
@@ -818,13 +804,11 @@ def begin(config):
         torch.manual_seed(config.seed)
         model = make_model(config, dataset, device)
         optimiser = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+        model.optimiser = optimiser  # dr-momentum's
         run = SimpleNamespace(config=config, dataset=dataset, model=model, optimiser=optimiser)
         run.history = []
         run.best_weights = None  # of the epoch that is the best on validation so far
         run.relearnings = 0
-        run.relearn = RELEARNING.get(config.method)
-        if run.relearn is relearn_momentum:
-            run.relearn = partial(relearn_momentum, optimiser=optimiser)
         yield run
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -884,9 +868,9 @@ class InBf16:
         with torch.autocast(self.device.type, torch.bfloat16):
             return {m: x.float() for m, x in super().features(inputs).items()}
 
-    def mean_tokens(self, inputs):  # a BottleneckModel's
+    def mean_tokens(self, inputs):  # a BottleneckModel's, which are fp32
         with torch.autocast(self.device.type, torch.bfloat16):
-            return {m: x.float() for m, x in super().mean_tokens(inputs).items()}
+            return super().mean_tokens(inputs)
 
 
 def make_model(config, dataset, device="cpu"):
@@ -907,9 +891,9 @@ def make_model(config, dataset, device="cpu"):
 
 
 def remaining_epochs(run):
-    """Yield the numbers of the epochs that are left to train: all, or those that a stopped run of this config lacks.
-    Before one, every half a minute, a checkpoint is written; on a CPU a resumed run ends bit for bit as if it had not
-    been stopped."""
+    """Yield the epochs that are left to train. Every half a minute a checkpoint is written before one; on a CPU a
+    resumed run ends bit for bit as if it had not been stopped."""
+    is_done(run.config)  # refuses the folder of another run
     resume(run)
     if is_main():
         start_run(run)
@@ -929,8 +913,8 @@ def training_batches(run, epoch):
     rank, world = ranks()
     # dropout and the methods' own draws begin anew, so that a resumed run repeats them
     torch.manual_seed(config.seed + 1000 * epoch + 1000_000 * rank)
-    order = (config.seed, epoch)
     split = run.dataset.train
+    order = (config.seed, epoch)
     batches = data.batches(split, config.batch_size, order, run.model.device, config.augment, (rank, world))
     steps = math.ceil(len(split) / config.batch_size)
     return tqdm(batches, f"epoch {epoch}", steps, leave=False, ncols=78, disable=rank > 0 or None)
@@ -960,18 +944,14 @@ def evaluate_epoch(run, entry):
 def diagnose_run(run):
     """`diagnose` a run on the main process -> {modality: {"P_train", "P_val", "gap", "floor"}}, for all processes."""
     dataset = run.dataset
-    gap = MEASURES.get(run.config.method, purity_gap)
-
-    def measure(*features_and_n_init):
-        return *gap(*features_and_n_init), noise_floor(gap, *features_and_n_init[:-1])
-
+    measure = partial(with_floor, MEASURES.get(run.config.method, purity_gap))
     box = [None]
     if is_main():
         with threadpool_limits(torch.get_num_threads()):
             box = [diagnose(run.model, dataset.train, dataset.val, len(dataset.classes), run.config.n_init, measure)]
     if dist.is_initialized():
         dist.broadcast_object_list(box)
-    return {m: dict(zip(("P_train", "P_val", "gap", "floor"), found)) for m, found in box[0].items()}
+    return box[0]
 
 
 def ranks():
@@ -1016,9 +996,9 @@ def metrics(scores, labels):
     return {"accuracy": 100 * float((predicted == labels).mean()), "macro F1": 100 * float(f1)}
 
 
-def evaluate(model, split, batch_size=128):
-    """Accuracy and macro F1, in per cent, over a whole split."""
-    return metrics(*predict(model, split, batch_size))
+def evaluate(model, split):
+    """`metrics` of a whole split."""
+    return metrics(*predict(model, split))
 
 
 def save(config, name, **content):
@@ -1029,37 +1009,35 @@ def save(config, name, **content):
 
 
 def read_checkpoint(path):
-    """A checkpoint's content, on the CPU, and its config; raises DataError, or OSError if it cannot be opened."""
+    """A checkpoint's content, on the CPU; raises DataError, or OSError if it cannot be opened."""
     with open(path, "rb") as file, data.explained(f"{path} is no checkpoint of this dr.py, or it is damaged"):
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        return content, Config(**{k: v for k, v in content["config"].items() if k != "manifest"})
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def resume(run):
     """Take up the unfinished run of this config, if there is one."""
-    config = run.config
-    path = config.folder / "last.pt"
-    if not path.exists():
-        return
-    content, _ = read_checkpoint(path)
-    if differ := ", ".join(differences(config, content["config"])):
-        raise data.DataError(f"{path} is of a run with another {differ}: finish or delete that, or give a --name")
-    with data.explained(f"{path} is not of a run on the {config.dataset} in {config.data}: delete it"):
-        run.model.load_state_dict(content["model"])
-        run.optimiser.load_state_dict(content["optimiser"])
-        run.history = content["history"]
-        run.best_weights = content["best"]
-        run.relearnings = sum(entry.get("relearnt", False) for entry in run.history)
+    path = run.config.folder / "last.pt"
+    if path.exists():
+        content = read_checkpoint(path)
+        with data.explained(f"{path} cannot be resumed: delete it"):
+            run.model.load_state_dict(content["model"])
+            run.optimiser.load_state_dict(content["optimiser"])
+            run.history = content["history"]
+            run.best_weights = content["best"]
+            run.relearnings = sum(entry.get("relearnt", False) for entry in run.history)
 
 
 def load_run(path, **changes):
     """A run's best.pt -> its model, dataset and config; `changes` replace what has moved, such as data, device."""
-    content, config = read_checkpoint(path)
-    config = replace(config, **changes)
+    content = read_checkpoint(path)
+    with data.explained(f"{path} is no checkpoint of this dr.py, or it is damaged"):
+        settings = content["config"] | changes
+        manifest = settings.pop("manifest")
+        config = Config(**settings)
     dataset = load_dataset(config)
     model = make_model(config, dataset, set_up(config))
     with data.explained(f"{path} is not of a run on the {config.dataset} that is in {config.data}"):
-        if differences(config, content["config"]):
+        if config.stored()["manifest"] != manifest:
             raise ValueError("another manifest")
         model.load_state_dict(content["model"])
     return model, dataset, config
@@ -1070,7 +1048,6 @@ def start_run(run):
     """Write the run's config, and say what is about to be trained."""
     config = run.config
     dataset = run.dataset
-    is_done(config)  # refuses another
     (config.folder / "summary.json").unlink(missing_ok=True)  # only a finished run has one
     data.write_json(config.folder / "config.json", config.stored())
     sizes = " / ".join(f"{len(split):,}" for split in (dataset.train, dataset.val, dataset.test))
@@ -1116,24 +1093,30 @@ def finish(run):
     if not is_main():
         return
     config = run.config
-    dataset = run.dataset
     history = run.history
     best = max(history, key=lambda entry: entry["val"])  # the first of the best
     run.model.load_state_dict(run.best_weights)
     save(config, "best.pt", epoch=best["epoch"], model=run.model.state_dict())
-    logits, labels = predict(run.model, dataset.test)
+    logits, labels = predict(run.model, run.dataset.test)
     np.savez(config.folder / "test.npz", logits=logits, labels=labels)
-    relearnt = [e["diagnosis"] for e in history if e.get("relearnt")]
-    seconds = sum(entry["seconds"] for entry in history)
-    strength = {m: np.mean([d[m]["strength"] for d in relearnt]) for m in dataset.shapes if relearnt}
-    summary = {"name": config.name, "accuracy": best["test"], "macro F1": best["test_f1"], "strength": strength}
-    summary |= {"seconds": seconds, "seconds per epoch": seconds / len(history)}
-    summary |= {"best_val": best, "last": history[-1], "best_test": max(history, key=lambda entry: entry["test"])}
+    relearnt = pd.json_normalize([entry for entry in history if entry.get("relearnt")])
+    strengths = {m: relearnt[f"diagnosis.{m}.strength"].mean() for m in run.dataset.shapes if len(relearnt)}
+    summary = {
+        "name": config.name,
+        "accuracy": best["test"],
+        "macro F1": best["test_f1"],
+        "strength": strengths,  # means over the re-learnings
+        "seconds": sum(entry["seconds"] for entry in history),
+        "seconds per epoch": float(np.mean([entry["seconds"] for entry in history])),
+        "best_val": best,
+        "last": history[-1],
+        "best_test": max(history, key=lambda entry: entry["test"]),
+    }
     data.write_json(config.folder / "summary.json", summary)
     print(SUMMARY.format(config=config, **summary))
-    known = {"probe": attempt(probe, run.model, dataset.train, dataset.test)}
-    if len(dataset.shapes) > 1 and hasattr(run.model.fusion, "parts"):
-        known["contribution"] = attempt(contributions, run.model, dataset.test)
+    known = {"probe": attempt(probe, run.model, run.dataset.train, run.dataset.test)}
+    if len(run.dataset.shapes) > 1 and hasattr(run.model.fusion, "parts"):
+        known["contribution"] = attempt(contributions, run.model, run.dataset.test)
     data.write_json(config.folder / "summary.json", summary | known)
     (config.folder / "last.pt").unlink(missing_ok=True)  # only an unfinished run has one
     print(pd.DataFrame(known).to_string(float_format="{:.2f}".format, col_space=14))
@@ -1167,35 +1150,31 @@ def contributions(model, split):
     shapley = dict.fromkeys(features, 0.0)
     orders = list(itertools.permutations(features))
     for order in orders:
+        kept = {m: torch.zeros(x.shape, device=model.device) for m, x in features.items()}
         before = 0.0
         for size, m in enumerate(order, start=1):
-            kept = {n: torch.tensor(x * (n in order[:size]), device=model.device) for n, x in features.items()}
-            right = metrics(model.fusion(kept).cpu().numpy(), labels)["accuracy"] / 100
-            shapley[m] += (size * right - before) / len(orders)
-            before = size * right
+            kept[m] += torch.tensor(features[m], device=model.device)
+            right = model.fusion(kept).argmax(1).cpu().numpy() == labels
+            shapley[m] += (size * right.mean() - before) / len(orders)
+            before = size * right.mean()
     return shapley
 
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
 MARKERS = "os^Dv<"
-verbatim = matplotlib.rc_context({"text.parse_math": False})  # names that others gave are no mathematics
+styled = matplotlib.rc_context({
+    "text.parse_math": False,  # names that others gave are no mathematics
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+})  # fmt: skip
+COMMAND = {"x": 0.01, "ha": "left", "wrap": True, "family": "monospace", "fontsize": 7, "color": "0.35"}
 
 
-def panels(rows, columns, size, **shared):
-    """A figure and its axes (rows, columns), without pyplot, which may want a screen, or a notebook."""
-    figure = Figure(size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
-
-
-def save_figure(figure, path, caption=""):
-    """Write a picture, without frames, with the command that made it below it."""
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel(caption, x=0.01, ha="left", wrap=True, family="monospace", fontsize=7, color="0.35")
-    figure.savefig(path, dpi=150)
-
-
-@verbatim
+@styled
 def draw_curves(history, path, title):
     """Accuracy, purity gap, re-learning strength and, if tracked, test purity over the epochs (paper, Fig. 4)."""
     log = pd.json_normalize(history).set_index("epoch")  # columns such as diagnosis.audio.gap
@@ -1207,28 +1186,28 @@ def draw_curves(history, path, title):
         "test purity P": log.filter(regex="^test_purity"),
     }
     drawn = {label: values for label, values in drawn.items() if values.size}
-    figure, axes = panels(len(drawn), 1, (7, 1 + 2 * len(drawn)), sharex=True)
-    for axis, (label, values) in zip(axes[:, 0], drawn.items()):
-        colours = ["0.6", COLOURS[2], "black"] if label == "accuracy in %" else COLOURS
-        for column, colour in zip(values, colours):
-            name = column.split(".")[1] if "." in column else column
-            axis.plot(values[column], ".-", color=colour, label=name)
-        axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
-        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure = Figure((7, 1 + 2 * len(drawn)))  # without pyplot, which may want a screen, or a notebook
+    axes = figure.subplots(len(drawn), sharex=True, squeeze=False)[:, 0]
+    axes[0].set_prop_cycle(color=["0.6", COLOURS[2], "black"])  # no modality's
+    for axis, (label, values) in zip(axes, drawn.items()):
+        names = values.columns.str.replace(r"^(diagnosis|test_purity)\.|\.(gap|strength)$", "", regex=True)
+        axis.plot(values, ".-", label=list(names))
+        axis.set(ylabel=label, ylim=(0, None))
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         axis.vlines(relearnt.index, 0, 1, color="0.85", zorder=0, transform=axis.get_xaxis_transform())
-    axes[0, 0].set_title(title)
-    axes[-1, 0].set_xlabel("epoch; grey lines: re-learning")
-    save_figure(figure, path)
+    axes[0].set_title(title)
+    axes[-1].set_xlabel("epoch; grey lines: re-learning")
+    figure.savefig(path)
 
 
-@verbatim
+@styled
 def draw_tsne(path, **changes):
     """t-SNE of each encoder's features of the test set, coloured by class (paper, Fig. 3) -> tsne.png beside it."""
     model, dataset, _ = load_run(path, **changes)
     features, labels = extract_features(model, dataset.test)
-    figure, axes = panels(1, len(features), (3.4 * len(features) + 1.2, 3.5))
-    for axis, (m, x) in zip(axes[0], features.items()):
+    figure = Figure((3.4 * len(features) + 1.2, 3.5))
+    axes = figure.subplots(1, len(features), squeeze=False)[0]
+    for axis, (m, x) in zip(axes, features.items()):
         plane = TSNE(perplexity=max(1, min(30, len(x) // 4)), init="pca", random_state=0)
         with threadpool_limits(1):  # several threads have waited for each other two hundred times as long
             x2 = plane.fit_transform(StandardScaler().fit_transform(x))  # (N, 2)
@@ -1237,15 +1216,16 @@ def draw_tsne(path, **changes):
         axis.set_title(f"{m}, purity {purity(x, labels, len(dataset.classes)):.2f}", loc="left")
         axis.set_axis_off()
     if len(dataset.classes) <= 10:
-        axes[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.supxlabel(f"python dr.py --tsne {path}", **COMMAND)
     picture = Path(path).parent / "tsne.png"
-    save_figure(figure, picture, f"python dr.py --tsne {path}")
+    figure.savefig(picture)
     return picture
 
 
 # ---- 10  Sweeps: a grid of runs, averaged over seeds --------------------------------------------------------------
 def expand(words, base):
-    """The configs of a grid such as ["method=joint,dr", "seed=0,1"] over the flags `base`."""
+    """A grid such as ["method=joint,dr", "seed=0,1"] over the flags `base` -> its fields, and its configs."""
     grid = {}
     for word in words:
         key, _, values = word.partition("=")
@@ -1257,7 +1237,7 @@ def expand(words, base):
             grid[key] = [kind(value) for value in values.split(",")]
         except (ValueError, KeyError):
             raise ValueError(f"--sweep takes words such as method=joint,dr or lam=1,2.5, not {word!r}") from None
-    return [Config(**base | dict(zip(grid, values))) for values in itertools.product(*grid.values())]
+    return list(grid), [Config(**base | dict(zip(grid, values))) for values in itertools.product(*grid.values())]
 
 
 def train_quietly(settings, methods, relearning):
@@ -1278,9 +1258,6 @@ def train_quietly(settings, methods, relearning):
 
 def run_all(configs, jobs=None):
     """Train what is not done yet, a process per GPU or core, or `jobs` of them; then DataError says what failed."""
-    import dr  # by this name, not as __main__, another process finds the function that it is to run
-
-    own = (METHODS, RELEARNING) if __name__ == "dr" else ({}, {})
     gpus = torch.cuda.device_count() if configs[0].device in ("auto", "cuda") else 0
     cores = data.cpu_count()
     jobs = jobs or gpus or (1 if torch.accelerator.is_available() and configs[0].device != "cpu" else cores)
@@ -1291,7 +1268,7 @@ def run_all(configs, jobs=None):
     try:
         with joblib.parallel_config("loky", inner_max_num_threads=max(1, cores // jobs)):
             side_by_side = joblib.Parallel(jobs, return_as="generator_unordered")
-            finished = side_by_side(joblib.delayed(dr.train_quietly)(settings, *own) for settings in todo)
+            finished = side_by_side(joblib.delayed(train_quietly)(settings, METHODS, RELEARNING) for settings in todo)
             for failure in tqdm(finished, f"{len(configs)} runs", len(todo), unit="run", disable=None, ncols=78):
                 failures += failure
     except BrokenExecutor:
@@ -1305,28 +1282,29 @@ def run_all(configs, jobs=None):
 
 def sweep(words, base, jobs=None, name=""):
     """Run the grid that `words` span over the flags `base`, and report it -> a DataFrame with a row per run."""
-    configs = expand(words, base)
-    shapes = {d: load_dataset(Config(dataset=d, data=f)).shapes for d, f in {(c.dataset, c.data) for c in configs}}
+    names, configs = expand(words, base)
+    one_of_each = {c.dataset: Config(dataset=c.dataset, data=c.data) for c in configs}
+    shapes = {name: load_dataset(c).shapes for name, c in one_of_each.items()}
     configs = [c for c in configs if not why_undefined(c, c.modalities or "+".join(shapes[c.dataset]))]
     if not configs:
         raise data.DataError("no method of this sweep is defined for its modalities and its fusion")
     if len({c.folder for c in configs}) < len(configs):
         raise data.DataError("this sweep would write two of its runs into the same folder")
     run_all(configs, jobs)
-    names = [word.partition("=")[0].replace("-", "_") for word in words if word[:5] != "seed="] or ["method"]
     rows = [asdict(c) | json.loads((c.folder / "summary.json").read_text()) for c in configs]
     runs = pd.json_normalize(rows + ensembles(configs), sep=" ")
+    names = [name for name in names if name != "seed"] or ["method"]
     runs.insert(0, "setting", runs[names].astype(str).agg(", ".join, axis=1))
     found = sorted(runs.filter(regex="^(accuracy|macro|probe|contribution|strength|seconds per)"))
     table = tabulate(runs, names, found)
     stem = Path(base["out"]) / (name or shorten("-".join(["sweep", Config(**base).name, *words])))
-    caption = "python " + shlex.join(sys.argv)
+    command = "python " + shlex.join(sys.argv)
     note = "± standard deviation over seeds; vs: paired over seeds, ± half its 95 % interval"
-    text = f"    {caption}\n\n{table.to_markdown(disable_numparse=True)}\n\n{note}\n"
+    text = f"    {command}\n\n{table.to_markdown(disable_numparse=True)}\n\n{note}\n"
     Path(f"{stem}.md").write_text(text, encoding="utf-8")
     runs[[*names, "seed", *found]].to_csv(f"{stem}.csv", index=False)
     print(f"\n{table.to_string(line_width=80)}\n\n{note}\n{stem}.md, .csv and .png")
-    attempt(draw_sweep, runs, f"{stem}.png", caption)
+    attempt(draw_sweep, runs, f"{stem}.png", command)
     return runs
 
 
@@ -1337,7 +1315,9 @@ def ensembles(configs):
         if c.modalities and "+" not in c.modalities:
             groups.setdefault(run_name(replace(c, modalities="")), []).append(c)
     rows = []
-    for group in [group for group in groups.values() if len(group) > 1]:
+    for group in groups.values():
+        if len(group) == 1:
+            continue
         tests = [np.load(c.folder / "test.npz") for c in group]
         scores = sum(special.log_softmax(test["logits"], 1) for test in tests)
         title = "ensemble of " + " and ".join(c.modalities for c in group)
@@ -1346,56 +1326,58 @@ def ensembles(configs):
 
 
 def tabulate(runs, names, found):
-    """Means over seeds of the columns `found`, as text, a row per setting. The differences in accuracy are to the first
-    method with all else alike, or to the first setting, and paired over seeds."""
+    """The columns `found` as text, a row per setting. The differences in accuracy are to the first method with all else
+    alike, or to the first setting, and paired over seeds."""
     first = "method" if "method" in names else "setting"
     alike = ["seed", *(name for name in names if first == "method" and name != "method")]
-    reference = runs["accuracy"].where(runs[first] == runs[first][0])
-    runs["difference"] = runs["accuracy"] - reference.groupby([runs[name] for name in alike]).transform("first")
+    others = runs[first] != runs[first][0]
+    versus = f"vs {runs[first][0]}"
+    reference = runs["accuracy"].mask(others).groupby([runs[name] for name in alike]).transform("first")
+    runs[versus] = (runs["accuracy"] - reference).where(others)
     groups = runs.groupby("setting", sort=False)
-    half = groups["difference"].sem() * stats.t.ppf(0.975, groups.size() - 1)  # Student's t
-    table = pd.DataFrame(index=list(groups.groups))
-    for column in found:
-        style = ".1f" if column.startswith(("accuracy", "macro", "probe")) else ".2f"
-        table[column] = plus_minus(groups[column].mean(), groups[column].std(), style)
-    versus = plus_minus(groups["difference"].mean(), half, "+.1f").where(groups[first].first() != runs[first][0], "")
-    table.insert(1, f"vs {runs[first][0]}", versus)
-    return table
+    return groups[["accuracy", versus, *found[1:]]].agg(plus_minus).rename_axis(None)
 
 
-def plus_minus(means, spreads, style):
-    """Two Series as one of text; without what there is not."""
-    texts = [f"{mean:{style}} ± {spread:{style[-3:]}}" for mean, spread in zip(means, spreads)]
-    return pd.Series(texts, means.index).str.replace(r"( ± |\+)?nan", "", regex=True)
+def plus_minus(values):
+    """A column over seeds, as text: mean ± standard deviation; of differences, half of Student's 95 % interval."""
+    values = values.dropna()
+    if values.empty:
+        return ""
+    style = ".2f" if values.name.startswith(("contribution", "seconds", "strength")) else ".1f"
+    sign = ""
+    spread = values.std()
+    if values.name.startswith("vs "):
+        sign = "+"
+        spread = values.sem() * stats.t.ppf(0.975, len(values) - 1)
+    mean = f"{values.mean():{sign}{style}}"
+    return f"{mean} ± {spread:{style}}" if len(values) > 1 else mean
 
 
-@verbatim
-def draw_sweep(runs, path, caption):
+@styled
+def draw_sweep(runs, path, command):
     """A panel per metric: a bar with one standard deviation per setting, and a dot per run."""
     found = sorted(runs.filter(regex="^(accuracy|probe|contribution|strength)"))
-    size = (3 * len(found) + 1, 1.4 + 0.26 * runs["setting"].nunique())
-    figure, axes = panels(1, len(found), size, sharey=True)
-    for axis, column in zip(axes[0], found):
+    figure = Figure((3 * len(found) + 1, 1.4 + 0.26 * runs["setting"].nunique()))
+    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axis, column in zip(axes, found):
         values = runs.groupby("setting", sort=False)[column]
         axis.barh(list(values.groups), values.mean(), xerr=values.std(), color=COLOURS[5])
         axis.plot(runs[column], runs["setting"], ".", color="black", markersize=3)
         axis.set_title(column)
-    axes[0, 0].invert_yaxis()  # the first row on top
-    save_figure(figure, path, caption)
+    axes[0].invert_yaxis()  # the first row on top
+    figure.supxlabel(command, **COMMAND)
+    figure.savefig(path)
 
 
 # ---- 11  Command line ---------------------------------------------------------------------------------------------
 def parse(arguments=None):
     """The command line -> (the fields of Config, all that was given); ends the program on what is wrong."""
-    parser = argparse.ArgumentParser(
-        usage="python dr.py [--flag value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    methods = []
-    for name, method in METHODS.items():
-        function = RELEARNING.get(name, joint) if method is joint else method
-        methods.append(f"  {name:<13} {(function.__doc__ or 'your own').splitlines()[0]}")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage="python dr.py [--flag value ...]", description=__doc__, formatter_class=raw)
+    about = METHODS | RELEARNING | MEASURES  # the last of them says what is special
+    about = {name: (function.__doc__ or "your own").splitlines()[0] for name, function in about.items()}
+    about["multitask+dr"] = "multitask, diagnosed and re-learnt as D&R is."
+    methods = [f"  {name:<13} {words}" for name, words in about.items()]
     presets = pd.DataFrame(PRESETS).T.to_string()
     parser.epilog = "\n".join(["methods:", *methods, "", "presets (other datasets have cremad's):", presets])
     for f in fields(Config):
@@ -1434,4 +1416,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import dr  # by this name, not as __main__, other processes find what they are to run
+
+    dr.main()
