@@ -744,6 +744,10 @@ class Config:
         for key, value in PRESETS.get(self.dataset, OFFICIAL).items():
             if getattr(self, key) is None:
                 setattr(self, key, value)
+        manifest = Path(self.data) / self.dataset / "manifest.json"
+        if self.modalities and manifest.exists():
+            if self.modalities.split("+") == list(data.read_json(manifest)["modalities"]):
+                self.modalities = ""  # it names all of them: the same run as if it named none
         self.name = self.name or run_name(self)
         for key, value in asdict(self).items():
             least = LEAST.get(key, 0)
@@ -936,7 +940,8 @@ def evaluate_epoch(run, entry):
         entry[name], entry[f"{name}_f1"] = evaluate(run.model, split).values()
     if config.track_purity:
         x, y = extract_features(run.model, run.dataset.test)
-        entry["test_purity"] = {m: purity(x[m], y, len(run.dataset.classes), config.n_init) for m in x}
+        with threadpool_limits(1):
+            entry["test_purity"] = {m: purity(x[m], y, len(run.dataset.classes), config.n_init) for m in x}
     if all(entry["val"] > e["val"] for e in run.history):
         run.best_weights = copy.deepcopy(run.model.state_dict())
 
@@ -947,7 +952,7 @@ def diagnose_run(run):
     measure = partial(with_floor, MEASURES.get(run.config.method, purity_gap))
     box = [None]
     if is_main():
-        with threadpool_limits(torch.get_num_threads()):
+        with threadpool_limits(1):  # k-means' threads wait for each other, ten times as long, where others work, too
             box = [diagnose(run.model, dataset.train, dataset.val, len(dataset.classes), run.config.n_init, measure)]
     if dist.is_initialized():
         dist.broadcast_object_list(box)
@@ -1083,7 +1088,7 @@ def end_epoch(run, entry):
     if "diagnosis" in entry:
         title = f"re-learning {run.relearnings} of {run.config.times}" if entry["relearnt"] else "diagnosis only"
         table = pd.DataFrame(entry["diagnosis"]).T.rename(columns=COLUMNS)
-        print(f"\n  {title}\n{table.to_string(float_format='{:.3f}'.format, col_space=13)}\n", flush=True)
+        print(f"\n  {title}\n{table.to_string(float_format='{:.3f}'.format, col_space=12)}\n", flush=True)
         if (table["gap"] < table["floor"]).all():
             print("  every gap is below its floor, what shuffled labels give: validation is too small to tell\n")
 
@@ -1119,7 +1124,8 @@ def finish(run):
         known["contribution"] = attempt(contributions, run.model, run.dataset.test)
     data.write_json(config.folder / "summary.json", summary | known)
     (config.folder / "last.pt").unlink(missing_ok=True)  # only an unfinished run has one
-    print(pd.DataFrame(known).to_string(float_format="{:.2f}".format, col_space=14))
+    table = pd.DataFrame(known).rename(columns={"probe": "linear probe, %"})
+    print(table.to_string(float_format="{:.2f}".format, col_space=16))
     attempt(draw_curves, history, config.folder / "curves.png", config.name)
 
 
@@ -1283,15 +1289,18 @@ def run_all(configs, jobs=None):
 def sweep(words, base, jobs=None, name=""):
     """Run the grid that `words` span over the flags `base`, and report it -> a DataFrame with a row per run."""
     names, configs = expand(words, base)
+    if len({c.folder for c in configs}) < len(configs):
+        raise data.DataError("this sweep would write two of its runs into the same folder")
     one_of_each = {c.dataset: Config(dataset=c.dataset, data=c.data) for c in configs}
     shapes = {name: load_dataset(c).shapes for name, c in one_of_each.items()}
     configs = [c for c in configs if not why_undefined(c, c.modalities or "+".join(shapes[c.dataset]))]
     if not configs:
         raise data.DataError("no method of this sweep is defined for its modalities and its fusion")
-    if len({c.folder for c in configs}) < len(configs):
-        raise data.DataError("this sweep would write two of its runs into the same folder")
     run_all(configs, jobs)
-    rows = [asdict(c) | json.loads((c.folder / "summary.json").read_text()) for c in configs]
+    rows = []
+    for c in configs:
+        rows.append(asdict(c) | {"modalities": c.modalities or "all"})
+        rows[-1] |= json.loads((c.folder / "summary.json").read_text())
     runs = pd.json_normalize(rows + ensembles(configs), sep=" ")
     names = [name for name in names if name != "seed"] or ["method"]
     runs.insert(0, "setting", runs[names].astype(str).agg(", ".join, axis=1))
@@ -1396,7 +1405,7 @@ def parse(arguments=None):
         expand(given.sweep, settings)
         if given.sweep and "RANK" in os.environ:
             raise ValueError("--sweep starts processes of its own, one per GPU: run it without torchrun")
-    except ValueError as error:
+    except (ValueError, data.DataError) as error:
         parser.error(str(error))
     return settings, given
 
