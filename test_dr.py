@@ -1260,6 +1260,7 @@ def left_by(folder):
     return log, {k: summary[k] for k in kept} | {"epoch": best["epoch"]}, tensors
 
 
+@pytest.mark.xdist_group("runner")
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{"fusion": "mbt", "augment": True}, {"method": "inforeg"}, {"method": "dr-equal"}])
 def test_killed_at_any_time_a_run_comes_out_as_the_undisturbed_one(more, runner, prepared, tmp_path):
@@ -1478,6 +1479,7 @@ def double_precision(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["joint", "multitask", "dgl", "dr"])  # linear in the batch
 def test_two_processes_train_and_diagnose_as_one(method, two_processes, double_precision, tmp_path, monkeypatch):
@@ -1496,6 +1498,7 @@ def test_two_processes_train_and_diagnose_as_one(method, two_processes, double_p
     assert_close(own_tensors, tensors, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 @pytest.mark.parametrize("method", list(dr.METHODS))
 def test_all_processes_end_with_the_same_weights(method, two_processes):
@@ -1507,6 +1510,7 @@ def test_all_processes_end_with_the_same_weights(method, two_processes):
     assert not torch.equal(first["encoders.audio.layer.weight"], before["encoders.audio.layer.weight"])
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ogm", "mlb", "mmpareto"])  # each process weighs the modalities on its own share
 def test_the_gradient_of_two_processes_is_the_mean_of_their_shares_gradients(method, two_processes, double_precision):
@@ -1714,6 +1718,7 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.xdist_group("swept")
 def test_a_sweep_reports_means_deviations_and_paired_intervals(swept):
     out, told = swept
     found = {}
@@ -1738,6 +1743,7 @@ def test_a_sweep_reports_means_deviations_and_paired_intervals(swept):
     assert all(len(line) <= 80 for line in told.splitlines() if str(out) not in line)  # only paths may be longer
 
 
+@pytest.mark.xdist_group("swept")
 def test_a_sweep_does_only_what_is_missing(swept, prepared):
     out, _ = swept
     words = sweep_words(prepared, out, "--name", "grid", "--sweep", "method=joint,dr", "seed=0,1")
@@ -1804,6 +1810,7 @@ def test_a_run_of_a_sweep_that_the_system_kills_is_said(prepared, tmp_path, monk
     assert done.returncode == 2 and "for want of memory" in done.stderr and "same command" in done.stderr
 
 
+@pytest.mark.xdist_group("swept")
 def test_a_sweep_that_is_refused_leaves_what_is_there(swept, prepared):
     out, _ = swept
     made = {f: f.read_bytes() for f in sorted(out.glob("demo-*/*.txt"))}
@@ -3870,6 +3877,7 @@ def texts(cells):
     return "".join(o.get("text", "") for o in outputs)
 
 
+@pytest.mark.xdist_group("notebook")
 @pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(executed):
     short, _ = executed
@@ -3879,6 +3887,7 @@ def test_the_notebook_runs_from_top_to_bottom(executed):
     assert texts(short.cells).count("not yet") == len(EXERCISES)  # nobody has solved the exercises
 
 
+@pytest.mark.xdist_group("notebook")
 @pytest.mark.slow
 def test_the_loop_that_the_reader_writes_is_that_of_train(executed):
     told = texts(executed[0].cells)
@@ -3888,12 +3897,14 @@ def test_the_loop_that_the_reader_writes_is_that_of_train(executed):
     assert all(ours == theirs for ours, theirs in pairs)
 
 
+@pytest.mark.xdist_group("notebook")
 @pytest.mark.slow
 def test_the_sound_by_hand_is_that_of_data(executed):
     told = texts(executed[0].cells)
     assert float(re.search(r"largest difference to the stored column: ([\d.]+)", told)[1]) < 0.01
 
 
+@pytest.mark.xdist_group("notebook")
 @pytest.mark.slow
 def test_a_cell_that_trains_can_be_run_twice(executed):
     short, again = executed
