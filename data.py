@@ -1013,7 +1013,9 @@ def exclusive(folder, wait=False):
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        who = holder.read_text() if holder.exists() else "another process"
+        who = "another process"
+        with suppress(OSError):  # it may be done by now
+            who = holder.read_text() or who
         if not wait:
             raise DataError(f"{who} is at work in {folder}: wait until it is done, or choose another folder") from None
         print(f"waiting until {who} is done with {folder}", file=sys.stderr)
@@ -1076,7 +1078,7 @@ def fill_arrays(folder, plan, splits, workers, max_bad):
     labels = {}
     todo = []  # (clip, row)
     for split, clips in splits.items():
-        labels[split] = np.array([clip.label for clip in clips])
+        labels[split] = np.array([clip.label for clip in clips], np.int64)
         path = folder / split / "labels.npy"
         done = is_array(path, np.int64, (len(clips),)) and np.load(path) == labels[split]
         labels[split] = np.where(done, labels[split], NOT_YET)  # what was skipped is read again

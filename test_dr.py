@@ -1679,6 +1679,10 @@ def arrays(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("*/*.npy"))}
 
 
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
 def link(source, target):
     target.parent.mkdir(parents=True, exist_ok=True)
     os.link(source, target)
@@ -2200,7 +2204,7 @@ def test_bad_files_of_your_own_data_are_skipped_and_listed(clips, tmp_path):
     table = write_csv(folder / "spoilt.csv", ["scan", "text", "label"], [[*line, "ab"[k % 2]] for k, line in enumerate(lines)])
     done = data_called(table, "--out", tmp_path, "--size", 8, "--max-bad", 30)
     assert done.returncode == 0 and "5 skipped" in done.stdout, done.stderr
-    skipped = {i: r for _, i, r in json.loads((tmp_path / "spoilt/manifest.json").read_text())["skipped"]}
+    skipped = {i: r for _, i, r in manifest_of(tmp_path / "spoilt")["skipped"]}
     for line, says in (2, "cannot identify image file"), (3, "9 features, where the others have 6"), (4, "Python objects"), (5, "missing"), (6, "more than 8 bits"):
         assert says in skipped[f"line {line}"]
 
@@ -2251,7 +2255,7 @@ def test_features_without_a_finite_number_are_bad_clips(tmp_path, recwarn):
     arrays[8][:, 1] = np.nan  # one feature of three is missing: it becomes the mean
     done = data_called(write_features(tmp_path / "in", arrays), "--out", tmp_path, "--max-bad", 10)
     assert done.returncode == 0 and "2 skipped" in done.stdout, done.stderr
-    skipped = json.loads((tmp_path / "t/manifest.json").read_text())["skipped"]
+    skipped = manifest_of(tmp_path / "t")["skipped"]
     assert sorted(says for *_, says in skipped) == ["3.npy: no finite number", "7.npy: no finite number"]
     done = data_called(write_features(tmp_path / "none", [np.full((4, 3), np.nan)] * 40), "--out", tmp_path / "out")
     assert_one_line(done, "no finite number")
@@ -2840,7 +2844,7 @@ def test_bad_clips_are_skipped_with_their_reasons_and_the_others_are_whole(spoil
     ):
         data.prepare("cremad", raw, tmp_path / "strict", size=32, workers=1)
     folder = data.prepare("cremad", raw, tmp_path, size=32, workers=2, max_bad=20)
-    skipped = {i: reason for _, i, reason in json.loads((folder / "manifest.json").read_text())["skipped"]}
+    skipped = {i: reason for _, i, reason in manifest_of(folder)["skipped"]}
     assert sorted(skipped) == sorted(says) and [i for i in says if says[i] not in skipped[i]] == []
     dataset = data.load("cremad", tmp_path)
     assert len(dataset.train) + len(dataset.val) + len(dataset.test) == 83
@@ -3020,7 +3024,7 @@ def test_stopped_with_half_a_journal_or_before_the_plan(where, size, crema, tmp_
         journal.write_bytes(journal.read_bytes()[:-4])
     folder = data.prepare("cremad", crema, tmp_path, size=size, workers=1)  # before the plan: another size may be taken
     ids, visual = (
-        json.loads((folder / "manifest.json").read_text())["splits"]["train"],
+        manifest_of(folder)["splits"]["train"],
         np.load(folder / "train/visual.npy"),
     )
     np.testing.assert_array_equal(visual[1], frames_by_hand(crema / f"VideoFlash/{ids[1]}.flv", 2, size))
@@ -3164,7 +3168,7 @@ def test_from_the_raw_download_to_a_run(name, fixture, request, tmp_path):
     words = name, "--raw", raw, "--out", tmp_path, "--size", 32, "--frames", 1, "--max-bad", 20, *sound
     done = data_called(*words)
     assert done.returncode == 0 and f"{len(says)} skipped" in done.stdout, done.stderr
-    skipped = {i: r for _, i, r in json.loads((tmp_path / name / "manifest.json").read_text())["skipped"]}
+    skipped = {i: r for _, i, r in manifest_of(tmp_path / name)["skipped"]}
     assert sorted(skipped) == sorted(says) and all(says[i] in skipped[i] and skipped[i] in done.stdout for i in says)
     dataset = data.load(name, tmp_path)
     for split in dataset.train, dataset.val, dataset.test:
@@ -3189,7 +3193,7 @@ def test_a_clip_that_kills_its_process_is_named_and_the_rest_is_whole(crema, tmp
     plain = data.prepare("cremad", crema, tmp_path / "plain", size=16, frames=1, workers=2)
     monkeypatch.setitem(data.READERS, "frames", die)
     folder = data.prepare("cremad", crema, tmp_path / "died", size=16, frames=1, workers=2)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = manifest_of(folder)
     assert [(i, says) for _, i, says in manifest["skipped"]] == [("1002_IOM_HAP_XX", "the process that read it crashed")]
     for split, ids in manifest["splits"].items():
         keep = [k for k, i in enumerate(ids) if i != "1002_IOM_HAP_XX"]
