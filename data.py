@@ -780,50 +780,51 @@ def convert(frame, width, height, form):
 
 def pick_frames(path, spec, pairs=False):
     """The decoded frames at the middles of count * keep equal parts of a video; in pairs, each with the next one.
-    Where the film ends before the last of them, as many frames as it shows are its length."""
-    shown = expected = count_packets(path, spec)
-    wanted = [shown]
-    while shown <= wanted[-1]:
-        length = shown
-        if length <= pairs or 2 * length < expected:
-            raise BadClip(f"broken, {length} of {expected} frames can be decoded")
+    As a rule every packet is shown. Where the last frame's time tells that some were not, since what they need was
+    cut off, or is broken, those that are shown are counted, and all is done again."""
+    times = packet_times(path, spec)
+    length = len(times)
+    for counted in False, True:
+        if counted:
+            with open_media(path) as container:
+                length = sum(1 for _ in islice(decode(films_in(container)[0]), length))
+        if length <= pairs or 2 * length < len(times):
+            raise BadClip(f"broken, {length} of {len(times)} frames can be decoded")
         wanted = middles(length, spec["count"] * spec["keep"])
         if pairs:
             wanted = [min(i, length - 2) + step for i in wanted for step in (0, 1)]
-        frames = {}
-        shown = 0
+        last = wanted[-1]
         with open_media(path) as container:
-            for frame in islice(decode(films_in(container)[0]), wanted[-1] + 1):
-                if shown in wanted:
-                    frames[shown] = frame
-                shown += 1
-    return [frames[i] for i in wanted]
+            shown = enumerate(islice(decode(films_in(container)[0]), last + 1))
+            frames = {i: frame for i, frame in shown if i in wanted}
+        if counted or last in frames and frames[last].pts in (times[last], None):  # an AVI may tell no times
+            return [frames[i] for i in wanted]
 
 
-def count_packets(path, spec):
-    """How many frames a video shows, or its `longest` seconds do, where the container may not tell it."""
-    packets = length = last = 0
-    key = None  # the first one
+def packet_times(path, spec):
+    """When the packets of a video, or of its `longest` seconds, are to be shown, in order; one that is truncated is a
+    bad clip. All packets are read, which is cheap, since the container may not tell how many there are."""
+    packets = last = 0
+    times = []
     with open_media(path) as container:
         if not films_in(container):
             raise BadClip("no picture")
         stream = films_in(container)[0]
         for packet in packets_of(stream):
             packets += 1
-            if key is None and packet.is_keyframe:
-                key = packet
-            cut = key is None or None not in (packet.pts, key.pts) and packet.pts < key.pts  # off from what it needs
-            length += not (cut or packet.is_discard)  # the edit list of an MP4 may hide some
             last = max(last, packet.pts or 0)
+            if not packet.is_discard:  # by the edit list of an MP4
+                times.append(packet.pts or 0)
         if packets < 0.9 * stream.frames:
-            raise BadClip(f"truncated, {length} of {stream.frames} frames are there")
+            raise BadClip(f"truncated, {len(times)} of {stream.frames} frames are there")
         if not stream.frames and container.duration:  # Flash tells no number of frames, but how long it lasts
             there = float(last * stream.time_base)
             if 2 * there + 0.5 < container.duration / av.time_base:
                 raise BadClip(f"truncated after {there:.1f} s")
+        most = len(times)
         if "longest" in spec and stream.average_rate:
-            length = min(length, max(1, round(spec["longest"] * stream.average_rate)))
-    return length
+            most = max(1, round(spec["longest"] * stream.average_rate))
+    return sorted(times)[:most]
 
 
 def read_flow(source, spec):
@@ -1012,7 +1013,9 @@ def exclusive(folder, wait=False):
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        who = holder.read_text() if holder.exists() else "another process"
+        who = "another process"
+        with suppress(OSError):  # it may be done by now
+            who = holder.read_text() or who
         if not wait:
             raise DataError(f"{who} is at work in {folder}: wait until it is done, or choose another folder") from None
         print(f"waiting until {who} is done with {folder}", file=sys.stderr)
@@ -1075,7 +1078,7 @@ def fill_arrays(folder, plan, splits, workers, max_bad):
     labels = {}
     todo = []  # (clip, row)
     for split, clips in splits.items():
-        labels[split] = np.array([clip.label for clip in clips])
+        labels[split] = np.array([clip.label for clip in clips], np.int64)
         path = folder / split / "labels.npy"
         done = is_array(path, np.int64, (len(clips),)) and np.load(path) == labels[split]
         labels[split] = np.where(done, labels[split], NOT_YET)  # what was skipped is read again
