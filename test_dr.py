@@ -1,5 +1,9 @@
 """Tests: python -m pytest. Each holds the code against something independent of it."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before anything counts cores: threads wait for those of tests beside them
+
 import base64
 import contextlib
 import copy
@@ -7,7 +11,6 @@ import csv
 import errno
 import io
 import json
-import os
 import pickle
 import random
 import re
@@ -47,8 +50,6 @@ import data
 import dr
 
 HERE = Path(__file__).parent
-os.environ["OMP_NUM_THREADS"] = "1"  # of what is started here: small models gain nothing from more threads,
-torch.set_num_threads(1)  # and lose much where the machine does something else, too
 
 # --- helpers --------------------------------------------------------------------------------------
 
