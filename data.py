@@ -79,7 +79,8 @@ class BadClip(Exception):
 
 @contextmanager
 def explained(message, *let_through):
-    """An error inside means what the message says, and is quoted after it, but for those that tell their own story."""
+    """Make a DataError of any error inside: the message, and the error after it. Those to `let_through` pass as they
+    are, as DataError and PermissionError do."""
     try:
         yield
     except (DataError, PermissionError, *let_through):
@@ -104,7 +105,7 @@ SPLITS = ("train", "val", "test")
 MAX_BAD = {"kinetics": 50.0}  # per cent of clips that may be unusable: many of Kinetics' are gone; others 5
 FIXED = {  # options that are not to be chosen
     "demo": {"frames": 1, "keep": 1, "size": 32, "seconds": 1.2, "bins": 32, "shift": 50.0},
-    "cremad": {"more": {"longest": 10}},  # seconds: one film runs on for a minute after a sentence of three seconds
+    "cremad": {"more": {"longest": 10}},  # seconds of a film that are read: one runs on for a minute after its sentence
 }
 OPTIONS = {  # what they mean, and the range of the numbers
     "frames": ("frames per clip, at the middles of equal segments", 1, 1000),
@@ -395,7 +396,7 @@ CREMAD_ID = re.compile(r"\d{4}_[A-Z]{3}_(ANG|DIS|FEA|HAP|NEU|SAD)_[A-Z]{2}")  # 
 
 def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, split="clips", split_dir=None):
     """CREMA-D: 7,442 clips, 91 actors, six emotions. `raw` holds <id>.wav and <id>.flv (or .mp4) at any depth.
-    split "clips" draws 80 / 10 / 10 per cent at random over clips, as in the paper: every actor is in all three;
+    split "clips" draws 80 / 10 / 10 per cent at random over clips, as officially: every actor is in all three;
     "actors" holds out whole actors. `split_dir` holds lists with lines `id,EMO` instead: my_train.csv or train.csv,
     test.csv, and val.csv unless a tenth of train is to be drawn."""
     if split not in ("clips", "actors"):

@@ -72,7 +72,7 @@ import data
 # ---- 1  Encoders: one per modality, from its input to features (B, D) --------------------------------------------
 class PictureEncoder(nn.Module):
     """A convolutional network, and the mean of its maps over space and time: features (B, D).
-    It takes spectrograms (B, 1, F, T), or frames (B, T, C, H, W)."""
+    It takes spectrograms (B, 1, F, T), of F bands and T moments, or T frames of C channels, (B, T, C, H, W)."""
 
     def __init__(self, network, width):
         super().__init__()
@@ -133,8 +133,8 @@ class Concatenation(nn.Module):
         return self.head(torch.cat(list(features.values()), 1))
 
     def parts(self, features):
-        """What each modality adds to the logits -> {modality: (B, n_classes)}: by its own columns of the weight, and an
-        equal share of the bias, as in OGM-GE's official code. They sum to the logits."""
+        """The logits as a sum over modalities -> {modality: (B, n_classes)}: its columns of the weight times its
+        features, plus an equal share of the bias, as in OGM-GE's official code."""
         columns = self.head.weight.split(list(self.widths.values()), 1)
         bias = self.head.bias / len(columns)
         return {m: F.linear(features[m], w, bias) for m, w in zip(self.widths, columns)}
@@ -290,14 +290,14 @@ def train(config):
     back); with --track-purity test_purity {modality: P}."""
     with begin(config) as run:  # section 8: the data, a new model and its optimiser
         initial = initial_weights(run.model)
-        for epoch in remaining_epochs(run):  # section 8: all, but for a run that was stopped
+        for epoch in remaining_epochs(run):  # section 8: all, or those that a stopped run has left
             entry = train_epoch(run, epoch)
             evaluate_epoch(run, entry)  # section 8: on validation and test; the best weights are kept
 
             if epoch % config.every == 0 and epoch > 0:
-                diagnosis = diagnose_run(run)  # section 8: `diagnose`, by name, and a noise floor
+                diagnosis = diagnose_run(run)  # section 8: `diagnose`, with the gap that shuffled labels give
                 gaps = {m: found["gap"] for m, found in diagnosis.items()}
-                strengths = {m: relearning_strength(gap, config.lam) for m, gap in gaps.items()}
+                strengths = {m: relearning_strength(gap, config.lam) for m, gap in gaps.items()}  # what D&R would do
                 entry["relearnt"] = config.method in RELEARNING and run.relearnings < config.times
                 if entry["relearnt"]:
                     strengths = RELEARNING[config.method](run.model, initial, gaps, config.lam)
@@ -310,8 +310,8 @@ def train(config):
 
 
 # ---- 6  Other methods: rivals of D&R, and D&R with one thing changed ----------------------------------------------
-# Each rival is its official code with that code's defaults; what differs is said. Their uni-modal logits are `parts`
-# of the joint ones, where some official codes train extra heads.
+# Each rival is its official code with that code's defaults (InfoReg: the paper's rule); what differs is said. Their
+# uni-modal logits are `parts` of the joint ones, where some official codes train extra heads.
 def compare(model, inputs, labels):
     """One forward pass, and how far each modality is -> a namespace."""
     features = model.features(inputs)
@@ -323,7 +323,7 @@ def compare(model, inputs, labels):
         logits=logits,  # (B, n_classes)
         loss=F.cross_entropy(logits, labels),  # L
         unimodal_loss=sum(F.cross_entropy(part, labels) for part in parts.values()),  # the sum of L_m
-        s=s,  # the mean probability of the right class by m's part; of two modalities, s / others is OGM-GE's ratio
+        s=s,  # the mean probability of the right class by m's part; below, r_m = s / others, OGM-GE's ratio of two
         others={m: (sum(s.values()) - s[m]) / (len(s) - 1) for m in s},  # the mean of the others' s
     )
 
@@ -436,12 +436,13 @@ def dgl(model, inputs, labels, t, alpha=4.0):
 
 
 def inforeg(model, inputs, labels, t, beta=0.9, threshold=0.04):
-    """InfoReg (Huang et al., CVPR 2025): holds back what is ahead.
-    multitask, and while a modality's prime learning window is open, (Tr_e-1 - Tr_e-2) / Tr_e-1 > threshold, and its s
-    above the mean of the others', its encoder is pulled towards its weights at the beginning of epoch e: its gradient
-    gets exp(beta tanh(s - others)) (w - w_e). Tr_e: its squared gradients, summed over epoch e. That is the paper's
-    rule, for any number of modalities. The official code has sums for the means in s, .95 exp(tanh) for audio and
-    .1 exp(tanh) for video, the threshold .05, and for both the trace of the audio alone, smoothed over ten epochs."""
+    """InfoReg* (Huang et al., CVPR 2025): holds back what is ahead.
+    Like multitask, but encoder m is pulled towards w_e, its weights at the beginning of epoch e, if s_m is above the
+    mean of the others' s and its window is open, (Tr_e-1 - Tr_e-2) / Tr_e-1 > threshold: its gradient gets
+    exp(beta tanh(s_m - others)) (w - w_e). Tr_e is the sum over epoch e of its squared gradients. That is the paper's
+    rule with uni-modal losses, for any number of modalities. The official code has sums for the means in s,
+    .95 exp(tanh) for audio and .1 exp(tanh) for video, the threshold .05, and for both the trace of the audio's
+    convolutions and linear layers, as means over their elements, smoothed over ten epochs."""
     epoch = round(t * len(model.traces))  # (epochs, M), a buffer, and so part of a checkpoint
     if getattr(model, "anchor_epoch", None) != epoch:
         model.anchor_epoch = epoch
@@ -512,8 +513,8 @@ def relearn_new(model, initial, gaps, lam):
 
 def equal_gap(x_train, y_train, x_val, y_val, n_clusters, n_init=10):
     """D&R by max(0, P_train - P_val) of equally many clips.
-    purity_gap without two biases: the purity of fewer clips is larger by luck, and of another person's clips it may be
-    larger in truth; neither is learning -> (P_train, P_val, g), of as many clips as the smaller set has, drawn."""
+    Without two biases of purity_gap: the purity of fewer clips is larger by luck, and other people's clips may cluster
+    better than the training clips; neither says how much was learnt -> (P_train, P_val, g)."""
     n = min(len(y_train), len(y_val))
     some = torch.randperm(len(y_train))[:n].numpy()
     others = torch.randperm(len(y_val))[:n].numpy()
@@ -1090,7 +1091,7 @@ def end_epoch(run, entry):
         table = pd.DataFrame(entry["diagnosis"]).T.rename(columns=COLUMNS)
         print(f"\n  {title}\n{table.to_string(float_format='{:.3f}'.format, col_space=12)}\n", flush=True)
         if (table["gap"] < table["floor"]).all():
-            print("  every gap is below its floor, what shuffled labels give: validation is too small to tell\n")
+            print("  every gap is below its floor: little is learnt yet, or validation is too small to tell\n")
 
 
 def finish(run):
