@@ -1229,7 +1229,7 @@ def load(name, root="prepared", modalities=None):
         specs = manifest["modalities"]
         for m in modalities or ():
             if m not in specs:
-                raise DataError(f"{name} has no modality {m}; it has {', '.join(specs)}")
+                raise DataError(f"{name} has no modality {m}; it has {', '.join(specs)} (join several by +)")
         specs = {m: specs[m] for m in modalities or specs}
         splits = {}
         for split, ids in manifest["splits"].items():

@@ -34,6 +34,7 @@ import math
 import os
 import shlex
 import sys
+import threading
 import time
 import traceback
 from collections import OrderedDict
@@ -745,10 +746,14 @@ class Config:
         for key, value in PRESETS.get(self.dataset, OFFICIAL).items():
             if getattr(self, key) is None:
                 setattr(self, key, value)
+        for method in RELEARNING:  # a re-learning of one's own trains as D&R does
+            METHODS.setdefault(method, joint)
         manifest = Path(self.data) / self.dataset / "manifest.json"
-        if self.modalities and manifest.exists():
-            if self.modalities.split("+") == list(data.read_json(manifest)["modalities"]):
-                self.modalities = ""  # it names all of them: the same run as if it named none
+        all_of_them = ["audio", "visual"] if self.dataset == "demo" else []  # which may not be drawn yet
+        if manifest.exists():
+            all_of_them = list(data.read_json(manifest)["modalities"])
+        if self.modalities.split("+") == all_of_them:
+            self.modalities = ""  # the same run as if none were named
         self.name = self.name or run_name(self)
         for key, value in asdict(self).items():
             least = LEAST.get(key, 0)
@@ -789,7 +794,8 @@ def is_done(config):
     """Has this very run been finished, on whatever device? Raises DataError if its folder holds another one."""
     done = (config.folder / "summary.json").exists()
     if done or (config.folder / "last.pt").exists():
-        before = json.loads((config.folder / "config.json").read_text())
+        with data.explained(f"{config.folder}/config.json is damaged: delete {config.folder}"):
+            before = json.loads((config.folder / "config.json").read_text())
         differ = [key for key, value in config.stored().items() if key not in PLACES and value != before.get(key)]
         if differ:
             other = f"{config.folder} holds a run with another {', '.join(differ)}"
@@ -844,7 +850,10 @@ def load_dataset(config):
     """The prepared dataset of a config; the demo is made if it is not there. Raises DataError."""
     if config.dataset == "demo" and not (Path(config.data) / "demo" / "manifest.json").exists():
         data.prepare("demo", out=config.data)
-    dataset = data.load(config.dataset, config.data, config.modalities.split("+") if config.modalities else None)
+    names = config.modalities.split("+") if config.modalities else None
+    if names and len(set(names)) < len(names):
+        raise data.DataError(f"--modalities {config.modalities} names one twice")
+    dataset = data.load(config.dataset, config.data, names)
     if min(len(dataset.train), len(dataset.val), len(dataset.test)) < len(dataset.classes):
         raise data.DataError("a diagnosis takes at least as many clips of every split as there are classes")
     if len(set(dataset.train.labels)) < 2:
@@ -989,10 +998,13 @@ def average_gradients(model):
 
 @torch.no_grad()
 def predict(model, split, batch_size=128):
-    """Logits (N, C) and labels (N,) of a whole split, in eval mode, as arrays."""
+    """Logits (N, C) and labels (N,) of a whole split, in eval mode, as arrays. Raises FloatingPointError."""
     model.eval()
     batches = [(model(inputs), y) for inputs, y in data.batches(split, batch_size, device=model.device)]
-    return [torch.cat(part).cpu().numpy() for part in zip(*batches)]
+    logits, labels = [torch.cat(part).cpu().numpy() for part in zip(*batches)]
+    if not np.isfinite(logits).all():
+        raise FloatingPointError("the logits are not finite, training has diverged: try a smaller --lr")
+    return logits, labels
 
 
 def metrics(scores, labels):
@@ -1237,6 +1249,8 @@ def expand(words, base):
     for word in words:
         key, _, values = word.partition("=")
         key = key.replace("-", "_")
+        if key in grid:
+            raise ValueError(f"--sweep takes every field once; {key} is there twice")
         try:
             kind = KINDS[key][0]
             if kind is bool:
@@ -1247,20 +1261,32 @@ def expand(words, base):
     return list(grid), [Config(**base | dict(zip(grid, values))) for values in itertools.product(*grid.values())]
 
 
-def train_quietly(settings, methods, relearning):
+TABLES = (METHODS, RELEARNING, MEASURES, ENCODERS, FUSIONS)  # to which a file of the user's own may add
+
+
+def train_quietly(settings, tables, parent):
     """Train one run of a sweep, what it prints going to output.txt in its folder -> [] or [why it failed].
-    `methods`, `relearning`: the tables METHODS and RELEARNING, to which a file of the user's own may have added."""
-    METHODS.update(methods)
-    RELEARNING.update(relearning)
+    `tables` are the TABLES of the process `parent`, whose end is this one's, too."""
+    if os.getpid() != parent:
+        threading.Thread(target=end_with, args=[parent], daemon=True).start()
+    for table, entries in zip(TABLES, tables):
+        table.update(entries)
     config = Config(**settings)
     config.folder.mkdir(parents=True, exist_ok=True)
     with open(config.folder / "output.txt", "a", encoding="utf-8") as output, contextlib.redirect_stdout(output):
         try:
-            train(config)
+            if not is_done(config):  # by another sweep, meanwhile
+                train(config)
         except Exception as error:
             traceback.print_exc(file=output)
             return [f"{config.name}: {error}"]
     return []
+
+
+def end_with(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def run_all(configs, jobs=None):
@@ -1275,7 +1301,7 @@ def run_all(configs, jobs=None):
     try:
         with joblib.parallel_config("loky", inner_max_num_threads=max(1, cores // jobs)):
             side_by_side = joblib.Parallel(jobs, return_as="generator_unordered")
-            finished = side_by_side(joblib.delayed(train_quietly)(settings, METHODS, RELEARNING) for settings in todo)
+            finished = side_by_side(joblib.delayed(train_quietly)(c, TABLES, os.getpid()) for c in todo)
             for failure in tqdm(finished, f"{len(configs)} runs", len(todo), unit="run", disable=None, ncols=78):
                 failures += failure
     except BrokenExecutor:
@@ -1307,7 +1333,8 @@ def sweep(words, base, jobs=None, name=""):
     runs.insert(0, "setting", runs[names].astype(str).agg(", ".join, axis=1))
     found = sorted(runs.filter(regex="^(accuracy|macro|probe|contribution|strength|seconds per)"))
     table = tabulate(runs, names, found)
-    stem = Path(base["out"]) / (name or shorten("-".join(["sweep", Config(**base).name, *words])))
+    stem = Path(base["out"]) / (name or shorten("-".join(["sweep", Config(**base).name, *words])).replace("/", "_"))
+    stem.parent.mkdir(parents=True, exist_ok=True)
     command = "python " + shlex.join(sys.argv)
     note = "± standard deviation over seeds; vs: paired over seeds, ± half its 95 % interval"
     text = f"    {command}\n\n{table.to_markdown(disable_numparse=True)}\n\n{note}\n"
@@ -1412,6 +1439,9 @@ def parse(arguments=None):
 
 
 def main():
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # no name and no ± ends a run where output is ASCII
     settings, given = parse()
     with data.one_line_for_errors("dr.py"):
         if given.evaluate:

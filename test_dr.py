@@ -518,6 +518,11 @@ def test_accuracy_and_macro_f1_by_hand():
     assert found == pytest.approx({"accuracy": 75, "macro F1": 100 * (2 / 3 + 2 / 3 + 1) / 3})
 
 
+def test_what_diverges_in_the_last_step_ends_in_one_line(prepared, tmp_path):
+    words = ["--data", prepared, "--out", tmp_path, "--device", "cpu", "--epochs", 1, "--batch-size", 100]
+    assert_one_line(dr_main(*words, "--lr", 1e30), "not finite, training has diverged")  # the only loss came before the only step
+
+
 def test_what_diverges_ends_in_one_line(prepared, tmp_path):
     words = ["--data", prepared, "--out", tmp_path, "--device", "cpu", "--epochs", 2, "--batch-size", 16]
     assert_one_line(dr_main(*words, "--lr", 1e9), "in epoch 0: try a smaller --lr")
@@ -1191,6 +1196,7 @@ def test_what_cannot_be_trained_is_refused_before_it_is(tmp_path):
     words = ["--data", tmp_path, "--out", tmp_path / "runs", "--device", "cpu", "--epochs", 1]
     assert_one_line(dr_main(*words, "--dataset", "tiny", "--encoder", "vit"), "patch has 8 x 8 pixels")
     assert_one_line(dr_main(*words, "--dataset", "tiny", "--batch-size", 1), "batch_size is at least 2")
+    assert_one_line(dr_main(*words, "--dataset", "tiny", "--modalities", "visual+visual"), "names one twice")
     assert_one_line(dr_main(*words, "--dataset", "one"), "every training clip has the same label")
     assert not list(tmp_path.glob("runs/*/log.jsonl"))
     done = dr_main(*words, "--dataset", "tiny", "--batch-size", 2)
@@ -1761,6 +1767,16 @@ def test_a_sweep_does_only_what_is_missing(swept, prepared):
         assert {**before, "seconds per epoch": 0} == {**after, "seconds per epoch": 0}
 
 
+def test_what_ones_own_file_registers_reaches_a_run_in_another_process(prepared, tmp_path, monkeypatch):
+    for table, name, entry in (dr.RELEARNING, "mine", dr.relearn), (dr.MEASURES, "mine", lambda *x, **y: (1.0, 0.25, 0.75)):
+        monkeypatch.setitem(table, name, entry)
+    done = dr_main(*sweep_words(prepared, tmp_path, "--name", "t", "--sweep", "method=mine", "seed=0,1", jobs=2, epochs=2))
+    dr.METHODS.pop("mine")
+    assert done.returncode == 0, done.stderr
+    (line, _) = read_csv(tmp_path / "t.csv")
+    assert float(line["strength audio"]) == pytest.approx(np.tanh(3 * 0.75))
+
+
 def test_a_run_that_fails_leaves_the_others_alone_and_is_named(sequences, tmp_path):
     words = sweep_words(sequences, tmp_path, "--dataset", "mine", "--sweep", "modalities=smell,text", epochs=1)
     done = dr_main(*words)
@@ -1823,6 +1839,29 @@ def test_a_sweep_that_is_refused_leaves_what_is_there(swept, prepared):
     assert_one_line(dr_main(*words), "holds a run with another momentum")
     (folder / "config.json").write_text(stored)
     assert made == {f: f.read_bytes() for f in sorted(out.glob("demo-*/*.txt"))}
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_takes_its_runs_with_it(prepared, tmp_path):
+    words = sweep_words(prepared, tmp_path, "--sweep", "seed=0,1", jobs=2, epochs=5000)
+    with subprocess.Popen([sys.executable, "dr.py", *map(str, words)], cwd=HERE, stderr=subprocess.DEVNULL) as process:
+        while len(list(tmp_path.glob("*/log.jsonl"))) < 2 and process.poll() is None:
+            time.sleep(0.1)
+        process.kill()
+
+    def logged():
+        return sum(f.stat().st_size for f in tmp_path.glob("*/log.jsonl"))
+
+    time.sleep(2.5)
+    size = logged()
+    time.sleep(1)
+    assert logged() == size > 0
+
+
+def test_a_sweep_names_every_field_once_and_takes_folders(prepared, tmp_path):
+    assert_one_line(dr_main(*sweep_words(prepared, tmp_path, "--sweep", "method=joint", "method=dr")), "is there twice")
+    done = dr_main(*sweep_words(prepared, tmp_path, "--sweep", f"out={tmp_path}/p/q", "method=joint", epochs=1))
+    assert done.returncode == 0 and len(list(tmp_path.glob("*.md"))) == 1, done.stderr
 
 
 def test_a_sweep_of_many_words_has_a_short_name(prepared, tmp_path):
