@@ -4320,7 +4320,8 @@ def test_bench(tmp_path, monkeypatch):
     cuda = torch.cuda.is_available()
     monkeypatch.setattr(dr, "ALL_THREADS", os.cpu_count())  # which ResNet-18 trains on
     torch.set_num_threads(os.cpu_count())
-    c = dr.Config(dataset="cremad", batch_size=64 if cuda else 16, out=str(tmp_path), device="auto" if cuda else "cpu")
+    c = dr.Config(dataset="cremad", batch_size=64 if cuda else 16, device="auto" if cuda else "cpu",
+                  data=str(tmp_path), out=str(tmp_path))  # fmt: skip
     device = dr.set_up(c)
     counts = KMEANS["CREMA-D"][1:] if cuda else (56, 24)  # with a last batch that is smaller
     write_dataset(tmp_path / "cremad", CREMAD, (*counts, 16), 6)
