@@ -1230,9 +1230,10 @@ def draw_tsne(path, **changes):
         plane = TSNE(perplexity=max(1, min(30, len(x) // 4)), init="pca", random_state=0)
         with threadpool_limits(1):  # several threads have waited for each other two hundred times as long
             x2 = plane.fit_transform(StandardScaler().fit_transform(x))  # (N, 2)
+            pure = purity(x, labels, len(dataset.classes))
         for c, name in enumerate(dataset.classes):  # a label that begins with _ would be hidden
             axis.plot(*x2[labels == c].T, MARKERS[c % 6], color=COLOURS[c % 7], markersize=3, label=f" {name}")
-        axis.set_title(f"{m}, purity {purity(x, labels, len(dataset.classes)):.2f}", loc="left")
+        axis.set_title(f"{m}, purity {pure:.2f}", loc="left")
         axis.set_axis_off()
     if len(dataset.classes) <= 10:
         axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
