@@ -708,7 +708,6 @@ PRESETS = {
     "mosi": OFFICIAL | dict(epochs=30, batch_size=32, lr=0.01, every=6),
 }
 CHOICES = {"method": METHODS, "fusion": FUSIONS, "precision": ["auto", "bf16", "fp32"]}
-CHOICES["encoder"] = ["auto", "resnet18", "small", "vit"]
 LEAST = {"every": 1, "epochs": 1, "batch_size": 2, "n_init": 1}  # batch-norm takes two clips
 CHECKPOINT_SECONDS = 30  # a kill costs at most so much, and the epoch that it falls into
 ALL_THREADS = torch.get_num_threads()
@@ -755,10 +754,11 @@ class Config:
         if self.modalities.split("+") == all_of_them:
             self.modalities = ""  # the same run as if none were named
         self.name = self.name or run_name(self)
+        choices = CHOICES | {"encoder": ["auto", *sorted(ENCODERS.keys() - {"transformer"})]}  # of pictures
         for key, value in asdict(self).items():
             least = LEAST.get(key, 0)
-            if key in CHOICES and value not in CHOICES[key]:
-                raise ValueError(f"{key} is one of {', '.join(CHOICES[key])}, not {value!r}")
+            if key in choices and value not in choices[key]:
+                raise ValueError(f"{key} is one of {', '.join(choices[key])}, not {value!r}")
             if isinstance(value, (int, float)) and not least <= value < 2**32:
                 raise ValueError(f"{key} is at least {least} and less than 2 to the 32, not {value}")
             if key in ("dataset", "name") and (Path(value).name != value or value == ".."):

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import weakref
@@ -73,7 +74,6 @@ class Tiny(torch.nn.Module):
 
 
 dr.ENCODERS["tiny"] = Tiny
-dr.CHOICES["encoder"].append("tiny")
 
 
 def blobs(sizes, seed=0):
@@ -1468,7 +1468,7 @@ def two_processes(prepared, tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     settings = asdict(config(prepared, out, encoder="tiny", epochs=3, every=1, n_init=2, batch_size=14, lr=0.005))
     settings = {k: v for k, v in settings.items() if k not in ("method", "name")}
-    register = 'dr.ENCODERS["tiny"] = Tiny\ndr.CHOICES["encoder"].append("tiny")\n'
+    register = 'dr.ENCODERS["tiny"] = Tiny\n'
     sources = [IN_DOUBLE_PRECISION, "import json, sys, dr", getsource(Tiny), register, getsource(small_problem), RANK]
     (out / "rank.py").write_text("\n".join(sources))
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", out / "rank.py"]
@@ -2512,6 +2512,45 @@ def test_the_readmes_example_of_your_own_data(tmp_path, monkeypatch):
     assert dataset.shapes == {"audio": (1, 64, 30), "scan": (1, 3, 32, 32)} and len(dataset.train) == 150
     done = dr_main(*train[1].split(), "--epochs", 1, "--device", "cpu")
     assert done.returncode == 0 and "linear probe" in done.stdout, done.stderr
+
+
+GRID = ["--size", 64, "--frames", 6, "--bins", 64, "--shift", 20, "--seconds", 2.2]
+PUBLIC = {  # {CSV: (its archive, flags, clips, shapes)}
+    "emg_imu_lis": ("emg_imu_lis", [], 780, {"emg": (400, 8), "imu": (400, 10)}),
+    "grid_digit": ("grid_s1", GRID, 125, {"audio": (1, 64, 110), "visual": (6, 3, 64, 64)}),  # every eighth clip
+    "ravdess_au_mfcc": ("ravdess_au_mfcc", [], 1440, {"face_au": (1, 35), "mfcc": (259, 1)}),
+    "sp_sw_har": ("sp_sw_har", [], 1714, {"phone": (400, 6), "watch": (401, 6)}),
+    "utd_mhad": ("utd_mhad", [], 861, {"skeleton": (125, 60), "inertial": (326, 6)}),
+}
+
+
+@needs_real
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_dataset_is_prepared_and_trained_for_an_epoch(name, tmp_path, monkeypatch):
+    archive, flags, count, shapes = PUBLIC[name]
+    with tarfile.open(REAL / f"{archive}.tar.gz") as file:
+        file.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    table = next(tmp_path.rglob(f"{name}.csv"))
+    if name == "grid_digit":
+        rows = read_csv(table)
+        with open(table, "w", newline="") as file:
+            short = csv.DictWriter(file, rows[0])
+            short.writeheader()
+            short.writerows(rows[::8])
+    assert data_called(table, *flags).returncode == 0
+    dataset = data.load(name)
+    manifest = json.loads(Path(f"prepared/{name}/manifest.json").read_text())
+    assert dataset.shapes == shapes and not manifest["skipped"]
+    assert sum(map(len, (dataset.train, dataset.val, dataset.test))) == count
+    groups = {row.get("id", f"line {k}"): row.get("group") for k, row in enumerate(read_csv(table), start=2)}
+    if any(groups.values()):  # no person is in two splits
+        train, val, test = ({groups[i] for i in manifest["splits"][split]} for split in ("train", "val", "test"))
+        assert train and val and test and not train & val | train & test | val & test
+    done = dr_main("--dataset", name, "--epochs", 1, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    entry = json.loads(Path(f"runs/{name}-dr-epochs=1-0/log.jsonl").read_text())
+    assert np.isfinite(entry["loss"]) and entry["loss"] < 1.5 * np.log(len(dataset.classes))
 
 
 def test_bad_files_of_your_own_data_are_skipped_and_listed(clips, tmp_path):
@@ -4150,8 +4189,9 @@ def test_on_a_gpu_a_killed_run_resumes(prepared, tmp_path):
     code = "import dr; dr.CHECKPOINT_SECONDS = 0; dr.main()"
     words = ["-c", code, "--data", prepared, "--out", tmp_path, "--name", "run", "--epochs", 30, "--every", 8]
     with subprocess.Popen([sys.executable, *map(str, words)], cwd=HERE, stdout=subprocess.DEVNULL) as process:
-        while not (tmp_path / "run/last.pt").exists() and process.poll() is None:
-            time.sleep(0.01)
+        log = tmp_path / "run/log.jsonl"
+        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
+            time.sleep(0.01)  # two epochs are in last.pt, which is written before the next one
         process.kill()
     done = command(*words)
     assert done.returncode == 0 and "resumes with epoch" in done.stdout, done.stderr
