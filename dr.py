@@ -26,6 +26,7 @@ stopped, the same command resumes it.
 import argparse
 import contextlib
 import copy
+import ctypes
 import hashlib
 import io
 import itertools
@@ -839,11 +840,21 @@ def set_up(config):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 is exact
+    if device.type == "cpu":
+        keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         nccl = config.device in ("auto", "cuda") and gpus >= int(os.environ["LOCAL_WORLD_SIZE"])
         # the others wait, for a day if need be, while the main process evaluates and diagnoses
         dist.init_process_group("nccl" if nccl else "gloo", timeout=timedelta(days=1))
     return device
+
+
+def keep_freed_memory():
+    """Let glibc keep what PyTorch frees. Giving it back, and getting it anew, took a fifth of a small network's step."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other systems have no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 def load_dataset(config):

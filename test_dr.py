@@ -12,6 +12,7 @@ import errno
 import io
 import json
 import pickle
+import platform
 import random
 import re
 import shutil
@@ -1460,6 +1461,22 @@ def test_averaged_gradients_stay_in_their_places_in_any_memory_format(monkeypatc
     monkeypatch.setattr(dr.dist, "is_initialized", lambda: True)
     dr.average_gradients(model)
     assert_close({n: p.grad for n, p in model.named_parameters()}, {n: 2.5 * g for n, g in alone.items()})
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept():
+    faults = """
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        np.ones(2_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+"""
+    source = ["import contextlib, ctypes, resource", "import numpy as np", getsource(dr.keep_freed_memory), faults]
+    source += ["given_back = faults()", "keep_freed_memory()", "print(given_back, faults())"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(source)], capture_output=True, text=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert kept < given_back / 4, done.stderr
 
 
 @pytest.fixture(scope="session")
