@@ -2511,7 +2511,7 @@ def test_a_table_that_is_none_gets_one_clear_line(name, content, says, tmp_path)
 def test_the_readmes_example_of_your_own_data(tmp_path, monkeypatch):
     text = (HERE / "README.md").read_text()
     code = re.search(r"```python\n(import csv\n.*?)```", text, re.S)[1]
-    prepare, train = re.findall(r"^    python (data|dr)\.py (.*digits.*)$", text, re.M)[:2]
+    prepare, train = re.findall(r"^python (data|dr)\.py (.*digits[^#\n]*)", text, re.M)[:2]
     assert (prepare[0], train[0]) == ("data", "dr")
     monkeypatch.chdir(tmp_path)
     Path("free-spoken-digit-dataset").symlink_to(REAL / "fsdd")
@@ -2568,6 +2568,96 @@ def test_a_public_dataset_is_prepared_and_trained_for_an_epoch(name, tmp_path, m
     assert done.returncode == 0, done.stderr
     entry = json.loads(Path(f"runs/{name}-dr-epochs=1-0/log.jsonl").read_text())
     assert np.isfinite(entry["loss"]) and entry["loss"] < 1.5 * np.log(len(dataset.classes))
+
+
+def lay_out_emg(files, table):
+    """files/A_00_emg.npy, ... as JSON files under random names, in the order that the README's block draws again."""
+    rng = random.Random(0)
+    for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
+        places = list(range(30))
+        rng.shuffle(places)
+        for k, place in enumerate(places):
+            emg, imu = (np.load(files / f"{letter}_{k:02}_{m}.npy").astype(float) for m in ("emg", "imu"))
+            moments = [{"gyroscope": x[:3], "acceleration": x[3:6], "orientation": x[6:]} for x in imu.tolist()]
+            path = Path(f"emg_imu_lis/Dataset/{letter}/{place:02}f0-{letter}.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"emg": {"data": emg.astype(int).tolist()}, "imu": {"data": moments}}))
+
+
+def lay_out_utd(files, table):
+    """Joint j's axis a is column 3 j + a."""
+    for m, key in ("Skeleton", "d_skel"), ("Inertial", "d_iner"):
+        Path(m).mkdir()
+        for path in files.glob(f"*_{m.lower()}.npy"):
+            x = np.load(path).astype(float)
+            if m == "Skeleton":
+                x = np.stack([[x[:, 3 * j + a] for a in range(3)] for j in range(20)])  # (20, 3, T)
+            scipy.io.savemat(f"{m}/{path.stem}.mat", {key: x})
+
+
+def lay_out_sp_sw(files, table):
+    """A phone's and a watch's CSV per recording; a number that the table lacks was too short a part."""
+    names = "x_acc,y_acc,z_acc,x_gyro,y_gyro,z_gyro,timestamp,label".split(",")
+    recordings = {}
+    for row in table:
+        recordings.setdefault(Path(row["phone"]).name[:6], {})[int(row["phone"][-12:-10])] = row
+    for name, parts in recordings.items():
+        clock = 0
+        devices = {"sp": [], "sw": []}
+        for k in range(max(parts) + 1):
+            row = parts.get(k, {"label": f"SHORT_{k}"})
+            for device, m in ("sp", "phone"), ("sw", "watch"):
+                x = np.load(files.parent / row[m]) if m in row else np.ones((24, 6))
+                times = np.linspace(clock, clock + 4000, len(x)).astype(int)
+                devices[device] += [[*map(repr, map(float, v)), t, row["label"]] for v, t in zip(x, times)]
+            devices["sw"].append(["9.5"] * 6 + [clock + 4005, row["label"]])  # between two of the phone's parts
+            clock += 4010
+        folder = Path("sp-sw-har-dataset/DATA") / name[:3]
+        folder.mkdir(parents=True, exist_ok=True)
+        for device, rows in devices.items():
+            with open(folder / f"{name}_{device}.csv", "w", newline="") as file:
+                csv.writer(file).writerows([names, *rows])
+
+
+def lay_out_ravdess(files, table):
+    clips = {}
+    for path in sorted(files.glob("*_au.npy"), reverse=True):
+        voice = np.load(path.with_name(path.name.replace("_au", "_mfcc")))
+        clips[path.stem[:-3]] = np.concatenate([np.load(path)[0], voice[:, 0]]).astype(float)
+    Path("ravdess").mkdir()
+    Path("ravdess/au_mfcc.pkl").write_bytes(pickle.dumps(clips))
+
+
+SOURCES = {"emg_imu_lis": lay_out_emg, "utd_mhad": lay_out_utd, "sp_sw_har": lay_out_sp_sw, "ravdess_au_mfcc": lay_out_ravdess,
+           "grid_digit": lambda files, table: Path("files").symlink_to(files)}  # fmt: skip
+
+
+@needs_real
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_readmes_recipe_makes_the_public_datasets_table(name, tmp_path, monkeypatch):
+    with tarfile.open(REAL / f"{PUBLIC[name][0]}.tar.gz") as file:
+        file.extractall(tmp_path, filter="data")
+    table = next(tmp_path.rglob(f"{name}.csv"))
+    theirs = read_csv(table)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    SOURCES[name](table.parent / "files", theirs)
+    Path("files").mkdir(exist_ok=True)
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    block = next(b for b in blocks if f'"{name}.csv"' in b)
+    assert len(block.splitlines()) <= 15
+    exec(block, {})
+    ours = read_csv(f"{name}.csv")
+    if name == "grid_digit":  # another draw: 60, 10 and 30 of every digit
+        assert Counter(row["split"] + row["label"] for row in ours) == Counter(row["split"] + row["label"] for row in theirs)
+        assert {row["id"]: row["label"] for row in ours} == {row["id"]: row["label"] for row in theirs}
+        assert all(row["audio"] == row["visual"] and Path(row["audio"]).exists() for row in ours)
+        return
+    assert ours == theirs
+    for row in ours:
+        for path in (p for p in row.values() if p.endswith(".npy")):
+            mine, other = np.load(path), np.load(table.parent / path)
+            assert mine.dtype == np.float32 and np.array_equal(mine, other, equal_nan=True)
 
 
 def test_bad_files_of_your_own_data_are_skipped_and_listed(clips, tmp_path):
