@@ -58,6 +58,7 @@ import torch.nn.functional as F
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from filelock import FileLock, Timeout
+from joblib import cpu_count  # what taskset, SLURM and containers lend of the machine's cores
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
@@ -164,13 +165,13 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     if is_prepared(folder, recorded):
         return folder
     with explained(f"{raw}: the lists that say which clips there are cannot be understood", OSError):
-        clips, classes, kinds = lister(raw, **options)
+        clips, classes = lister(raw, **options)
     splits = {split: [] for split in SPLITS}
     for clip in clips:
         splits[clip.split].append(clip)
     check_files(folder, raw, splits, max_bad)
     options = {"more": {}, **FIXED.get(name, {}), **options}
-    specs = {m: make_spec(m, kind, clips, options) for m, kind in kinds.items()}
+    specs = {m: make_spec(m, clips, options) for m in clips[0].files}
     ids = {split: [clip.id for clip in mine] for split, mine in splits.items()}
     plan = {"dataset": name, "options": recorded, "classes": classes, "modalities": specs, "splits": ids}
     with exclusive(folder, wait=True):
@@ -178,8 +179,9 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
             if (folder / "plan.json").exists() and read_json(folder / "plan.json") != plan:
                 raise DataError(f"{folder} was begun with other clips than {raw} holds now: delete it to begin again")
             make_arrays(folder, plan)
-            labels, skipped = fill_arrays(folder, plan, splits, workers, max_bad)
-            finish(folder, plan, labels, skipped)
+            plan["skipped"] = fill_arrays(folder, plan, splits, workers, max_bad)
+            write_json(folder / "manifest.json", plan)  # it says that the dataset is there
+            (folder / "plan.json").unlink()
     return folder
 
 
@@ -237,9 +239,10 @@ def what_is_wrong(file):
     return ""
 
 
-def make_spec(m, kind, clips, options):
+def make_spec(m, clips, options):
     """The spec of a modality: how it is stored, and how `normalise` treats it."""
     first = clips[0].files[m]
+    kind = KINDS.get(file_type(first)) or KINDS_OF_A_VIDEO.get(m, "frames")
     if kind == "sequence":
         return sequence_spec(m, clips)
     if kind == "fbank":
@@ -248,7 +251,8 @@ def make_spec(m, kind, clips, options):
         return frames_spec(1, options["size"])
     shape = options["frames"], options["size"], options["keep"]
     if kind == "flow":
-        return flow_spec(*shape, flow=PICTURES_OF_FLOW if isinstance(first, tuple) else DIS)
+        taken_from = "TV-L1, from the pictures in the raw folder"
+        return flow_spec(*shape, flow=taken_from if isinstance(first, tuple) else "DIS, computed with OpenCV")
     return frames_spec(*shape, **options["more"])
 
 
@@ -304,16 +308,8 @@ def read_file(file, spec):
     return array
 
 
-def finish(folder, plan, labels, skipped):
-    """Write {split: labels} and, last, the manifest, which says that the dataset is there."""
-    for split, array in labels.items():
-        write_atomically(folder / split / "labels.npy", partial(np.save, arr=array))
-    write_json(folder / "manifest.json", {**plan, "skipped": sorted(skipped)})
-    (folder / "plan.json").unlink(missing_ok=True)
-
-
-# --- 2  The datasets: listers, which say which clips there are and of what kind each modality is ---
-# A lister takes the raw folder; its keyword arguments are the dataset's options -> (clips, classes, {modality: kind}).
+# --- 2  The datasets: listers, which say which clips there are ---
+# A lister takes the raw folder; its keyword arguments are the dataset's options -> (clips, classes).
 
 
 def walk(folder, above=()):
@@ -347,7 +343,7 @@ def read_lists(folder, *suffixes):
     found = {split_of(path.stem): path for path in find_files(folder, *suffixes)}
     for split in SPLITS:
         if split in found:
-            for fields in csv.reader(found[split].read_text("utf-8-sig").splitlines()):
+            for fields in filter(None, csv.reader(found[split].read_text("utf-8-sig").splitlines())):
                 yield split, found[split], [field.strip() for field in fields]
 
 
@@ -413,15 +409,14 @@ def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, s
     for i in ids:
         files = {"audio": sounds.get(i, raw / f"{i}.wav"), "visual": films.get(i, raw / f"{i}.flv")}
         clips.append(Clip(i, EMOTIONS.index(i[9:12]), "train", files, i[:4] if split == "actors" else i))
-    kinds = {"audio": "fbank", "visual": "frames"}
     if not split_dir:
         draw_splits(clips)
-        return clips, EMOTIONS, kinds
+        return clips, EMOTIONS
     unlisted = {clip.id: clip for clip in clips}
     clips = []
     for split, path, fields in read_lists(split_dir, ".csv"):
-        i = fields[0] if fields else "name"
-        if i == "name":  # a header, or nothing
+        i = fields[0]
+        if i == "name":  # a header
             continue
         if i not in unlisted or fields[1:] != [i[9:12]]:
             line = ",".join(fields)
@@ -431,7 +426,7 @@ def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, s
     if not clips:
         raise DataError(f"{split_dir} holds no lists: it takes my_train.csv (or train.csv), test.csv, maybe val.csv")
     complete_splits(clips)
-    return clips, EMOTIONS, kinds
+    return clips, EMOTIONS
 
 
 KINETICS_SOUNDS = """blowing nose, blowing out candles, bowling, chopping wood, dribbling basketball, laughing,
@@ -455,7 +450,7 @@ def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, bins=128, shift=10.
             if int(fields[2]) >= len(KINETICS_SOUNDS):
                 raise DataError(f"{path}: labels are 0 to 30, not {fields[2]}")
             rows.append((split, clip_key(fields[0]), int(fields[2])))
-        elif fields and fields[0] in KINETICS_SOUNDS:  # Kinetics' annotations
+        elif fields[0] in KINETICS_SOUNDS:  # Kinetics' annotations
             rows.append((split, clip_key(f"{fields[1]}_{fields[2]}"), KINETICS_SOUNDS.index(fields[0])))
     if not rows and not split_dir:
         rows = kinetics_folders(raw, paths)
@@ -470,7 +465,7 @@ def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, bins=128, shift=10.
         clips[key] = Clip(key, label, split, {"audio": path, "visual": path})
     clips = list(clips.values())
     complete_splits(clips)
-    return clips, KINETICS_SOUNDS, {"audio": "fbank", "visual": "frames"}
+    return clips, KINETICS_SOUNDS
 
 
 def clip_key(stem):
@@ -483,19 +478,15 @@ def kinetics_folders(raw, paths):
     """[(split, clip, label)] from the names of the folders that a clip lies in, test last."""
     rows = []
     for path in paths:
-        split = label = None
-        for name in path.relative_to(raw).parts[:-1]:
-            name = name.replace("_", " ")
-            split = split_of(name) or split
-            label = KINETICS_SOUNDS.index(name) if name in KINETICS_SOUNDS else label
-        if split and label is not None and clip_key(path.stem):
-            rows.append((split, clip_key(path.stem), label))
+        names = [name.replace("_", " ") for name in path.relative_to(raw).parts[:-1]]
+        splits = list(filter(None, map(split_of, names)))
+        labels = [KINETICS_SOUNDS.index(name) for name in names if name in KINETICS_SOUNDS]
+        if splits and labels and clip_key(path.stem):
+            rows.append((splits[-1], clip_key(path.stem), labels[-1]))  # the innermost
     return sorted(rows, key=lambda row: SPLITS.index(row[0]))
 
 
 UCF_ID = re.compile(r"v_(\w+?)_g(\d+)_c\d+", re.IGNORECASE)
-DIS = "DIS, computed with OpenCV"
-PICTURES_OF_FLOW = "TV-L1, from the pictures in the raw folder"
 
 
 def ucf101(raw, frames=3, keep=1, size=224, fold=1):
@@ -522,7 +513,7 @@ def ucf101(raw, frames=3, keep=1, size=224, fold=1):
             if any((clip.id.lower() in listed) != (clip.split == "test") for clip in clips):
                 raise DataError(f"{path} is not UCF-101's own list, groups {7 * fold - 6} to {7 * fold}: move it away")
     draw_splits(clips, test=0)
-    return clips, classes, {"flow": "flow", "visual": "frames"}
+    return clips, classes
 
 
 def find_flow(raw):
@@ -546,7 +537,7 @@ FILE_TYPES = {
     "features": (".npy",),
 }
 KINDS = {"picture": "frames", "sound": "fbank", "features": "sequence"}
-KINDS_OF_A_VIDEO = {"audio": "fbank", "flow": "flow"}  # by what the column is called; else frames
+KINDS_OF_A_VIDEO = {"audio": "fbank", "flow": "flow"}  # by what the modality is called; else frames
 
 
 def file_type(path):
@@ -559,14 +550,14 @@ def own_data(table, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.
     per cent are drawn, every label in its share), `group` (clips of a group stay together) and `id`. Every other column
     is a modality and holds files, relative to the CSV: a video (whose sound counts in a column `audio`, whose motion
     in `flow`), a picture, a sound, or a .npy of (T, D) or (D,) numbers."""
-    rows, types = read_table(table)
+    rows, modalities = read_table(table)
     classes = sorted(set(rows["label"]))
     if len(classes) < 2:
         raise DataError(f"{table}: every clip has the label {classes[0]}: there is nothing to tell apart")
     clips = []
     groups = {}  # {files: group}: a clip that is listed twice is in one split
     for row in rows.to_dict("records"):
-        files = {m: table.parent / row[m] for m in types}
+        files = {m: table.parent / row[m] for m in modalities}
         split = split_of(row.get("split", "train"))
         group = groups.setdefault(tuple(map(os.path.realpath, files.values())), row.get("group", row["id"]))
         clips.append(Clip(row["id"], classes.index(row["label"]), split, files, group))
@@ -577,12 +568,11 @@ def own_data(table, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.
     if shared := sorted(path for path in count if count[path] > 1):  # what was trained on is no test
         where = " and ".join(split for split in SPLITS if (shared[0], split) in places)
         print(f"warning: {len(shared):,} files are in several splits, as {shared[0]} in {where}", file=sys.stderr)
-    kinds = {m: KINDS_OF_A_VIDEO.get(m, "frames") if t == "video" else KINDS[t] for m, t in types.items()}
-    return clips, classes, kinds
+    return clips, classes
 
 
 def read_table(table):
-    """The CSV's rows, each with an id, and {modality: type of its files}; a wrong row is named by its line."""
+    """The CSV's rows, each with an id, and the columns that are modalities; a wrong row is named by its line."""
     text = table.read_bytes().decode("utf-8-sig", errors="replace")
     if {"\ufffd", "\0"} & set(text) or text.startswith("sep="):
         raise DataError(f"{table} cannot be understood: save it as UTF-8, with commas, and without a line sep=")
@@ -601,30 +591,42 @@ def read_table(table):
     if "id" not in rows:
         rows = rows.assign(id=[f"line {line}" for line in rows.index])
     rows["label"] = rows["label"].map(partial(unicodedata.normalize, "NFC"))  # there are two ways to write an umlaut
-    types = rows[modalities].map(file_type)
     problems = {"has an empty cell": (rows == "").any(axis=1), "has the id of another clip": rows["id"].duplicated()}
     if "split" in rows:
         problems["is in a split other than train, val or test"] = rows["split"].map(split_of).isna()
     for m in modalities:
-        wrong = types[m].isna() | (types[m] != types[m].iloc[0])
+        types = rows[m].map(file_type)
+        wrong = types.isna() | (types != types.iloc[0])
         problems[f"has no video, picture, sound or .npy file in {m}, or not what {m} begins with"] = wrong
     for problem, wrong in problems.items():
         if wrong.any():
             raise DataError(f"{table}, line {wrong.idxmax()} {problem}: {', '.join(rows.loc[wrong.idxmax()])}")
-    return rows, types.iloc[0].to_dict()
+    return rows, modalities
 
 
 def demo(raw, clips=2100, seed=0):
-    """The miniature CREMA-D: written to `raw` as real files, then listed and read as CREMA-D is.
-    1,000 / 300 / 800 clips at the default size; one frame of 32 x 32 pixels, 32 mel bands, 1.2 s."""
-    with exclusive(raw, wait=True):
-        names = make_demo(raw, clips, seed)
+    """The miniature CREMA-D: written to `raw` as real files, then read as CREMA-D is. 1,000 / 300 / 800 clips, or
+    3,456 at most, the emotions in turn; clip i depends on seed and i alone. Section 6 draws and synthesises them."""
+    rng = np.random.default_rng(seed)
+    names = []
+    for emotion in EMOTIONS:
+        levels = ["XX"] if emotion == "NEU" else ["XX", *LEVELS]
+        every = [f"{a}_{s}_{emotion}_{level}" for a in ACTORS for s in VOWELS for level in levels]
+        names.append(rng.permutation(every).tolist())
+    names = list(chain(*zip(*names)))[:clips]
+    jobs = [(raw, seed, index, name) for index, name in enumerate(names)]
+    with exclusive(raw, wait=True), closing(in_parallel(perform, jobs)) as done:
+        for folder in "AudioWAV", "VideoFlash":
+            (raw / folder).mkdir(exist_ok=True)
+        for name in tqdm(done, "drawing the demo", len(jobs), unit=" clips", disable=None, ncols=78):
+            if name is None:
+                raise DataError("a process that draws the demo died (out of memory?): the same command resumes")
     drawn = []
     for i in sorted(names):
         files = {"audio": raw / f"AudioWAV/{i}.wav", "visual": raw / f"VideoFlash/{i}.flv"}
         drawn.append(Clip(i, EMOTIONS.index(i[9:12]), "train", files))
     draw_splits(drawn, 300 / 2100, 800 / 2100)
-    return drawn, EMOTIONS, {"audio": "fbank", "visual": "frames"}
+    return drawn, EMOTIONS
 
 
 def mosi(raw, folder):
@@ -637,10 +639,9 @@ def mosi(raw, folder):
         return folder
     if raw.name == "aligned_50.pkl" and recorded["sha256"] != "d3994fd25681":
         print(f"warning: {raw} is not the {raw.name} that MMSA publishes: its SHA-256 is another", file=sys.stderr)
-    plan = {"dataset": "mosi", "options": recorded, "classes": ["negative", "non-negative"], "modalities": {}}
-    plan["splits"] = {}  # {split: ids}
+    specs = {}
+    ids = {}
     arrays = {}  # {file: array}
-    labels = {}
     skipped = []
     scale = {}  # {modality: mean and deviation over the training set}
     with explained(f"{raw} is not CMU-MOSI as MMSA or MultiBench lay it out, but damaged, or a web page or a git-lfs "
@@ -648,13 +649,13 @@ def mosi(raw, folder):
         pickled = PlainUnpickler(io.BytesIO(raw.read_bytes()), encoding="latin1").load()
         for split, part in ("train", pickled["train"]), ("val", pickled["valid"]), ("test", pickled["test"]):
             n = len(part["text"])
-            ids = [str(i) for i in np.reshape(part.get("id", range(n)), (n, -1))[:, 0]]
+            ids[split] = [str(i) for i in np.reshape(part.get("id", range(n)), (n, -1))[:, 0]]
             score = np.float32(part.get("regression_labels", part.get("labels"))).reshape(n, -1)[:, 0]
             bad = {"score": ~np.isfinite(score)}
             for m in "text", "audio", "vision":
                 x = np.asarray(part[m], np.float32)  # (N, T, D)
                 spec = {"kind": "sequence", "shape": list(x.shape[1:]), "dtype": "float32"}
-                if plan["modalities"].setdefault(m, spec) != spec or len(x) != n:
+                if specs.setdefault(m, spec) != spec or len(x) != n:
                     raise ValueError(f"in {split}, {m} has the shape {x.shape}")
                 present = x.any(-1)  # (N, T), which steps are no padding; some pickles tell it
                 if f"{m}_lengths" in part:
@@ -664,16 +665,17 @@ def mosi(raw, folder):
                 scale.setdefault(m, statistics([x[present]]))
                 arrays[f"{split}/{m}"] = standardise(x, present, *scale[m])
                 bad[m] = present.any(1) & ~(np.isfinite(x) & present[..., None]).any((1, 2))
-            labels[split] = np.where(np.any(list(bad.values()), axis=0), SKIPPED, score >= 0)
-            for row in np.flatnonzero(labels[split] == SKIPPED):
-                skipped.append([split, ids[row], "no " + next(what for what, rows in bad.items() if rows[row])])
-            plan["splits"][split] = ids
+            bad = pd.DataFrame(bad)
+            arrays[f"{split}/labels"] = np.where(bad.any(axis=1), SKIPPED, score >= 0)
+            for row, what in bad[bad.any(axis=1)].idxmax(axis=1).items():  # the first that it lacks
+                skipped.append([split, ids[split][row], f"no {what}"])
+    manifest = {"dataset": "mosi", "options": recorded, "classes": ["negative", "non-negative"], "modalities": specs}
     with exclusive(folder, wait=True):
         if not is_prepared(folder, recorded):  # by another process, meanwhile
             for name, array in arrays.items():
                 (folder / name).parent.mkdir(exist_ok=True)
                 write_atomically(folder / f"{name}.npy", partial(np.save, arr=array))
-            finish(folder, plan, labels, skipped)
+            write_json(folder / "manifest.json", {**manifest, "splits": ids, "skipped": sorted(skipped)})
     return folder
 
 
@@ -1029,17 +1031,7 @@ def exclusive(folder, wait=False):
         lock.release()
 
 
-def cpu_count():
-    """How many cores this process may use: taskset, SLURM and containers lend fewer than the machine has."""
-    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on
-        return os.process_cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):  # on Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-SKIPPED = -1
-NOT_YET = -2  # labels.npy is a journal: a clip that is not safely on the disk has this label
+SKIPPED = -1  # the label of a clip that is not safely on the disk: while it is prepared, labels.npy is a journal
 JOURNAL_EVERY = 2.0  # seconds: flushing every clip to the disk would be slow
 
 
@@ -1062,8 +1054,7 @@ def make_arrays(folder, plan):
     write_json(folder / "plan.json", plan)
     for path, (dtype, shape) in new.items():
         path.parent.mkdir(exist_ok=True)
-        np.lib.format.open_memmap(path.with_suffix(".new"), "w+", dtype, shape)
-        os.replace(path.with_suffix(".new"), path)
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
 
 
 def is_array(path, dtype, shape):
@@ -1075,15 +1066,15 @@ def is_array(path, dtype, shape):
 
 
 def fill_arrays(folder, plan, splits, workers, max_bad):
-    """Prepare the clips that are left -> {split: labels}, [[split, clip, why it was skipped]]."""
+    """Prepare the clips that are left, and what was skipped once more -> [[split, clip, why it was skipped]]."""
     labels = {}
     todo = []  # (clip, row)
     for split, clips in splits.items():
-        labels[split] = np.array([clip.label for clip in clips], np.int64)
+        true = np.array([clip.label for clip in clips], np.int64)
         path = folder / split / "labels.npy"
-        done = is_array(path, np.int64, (len(clips),)) and np.load(path) == labels[split]
-        labels[split] = np.where(done, labels[split], NOT_YET)  # what was skipped is read again
-        todo += [(clip, row) for row, clip in enumerate(clips) if labels[split][row] == NOT_YET]
+        done = is_array(path, true.dtype, true.shape) and np.load(path) == true
+        labels[split] = np.where(done, true, SKIPPED)
+        todo += [(clip, row) for row, clip in enumerate(clips) if labels[split][row] == SKIPPED]
     total = sum(map(len, splits.values()))
     skipped = []
     saved = time.monotonic()
@@ -1104,9 +1095,7 @@ def fill_arrays(folder, plan, splits, workers, max_bad):
                     saved = time.monotonic()
     finally:
         save_journal(folder, labels, plan["modalities"])
-    for array in labels.values():
-        array[array == NOT_YET] = SKIPPED
-    return labels, skipped
+    return sorted(skipped)
 
 
 def save_journal(folder, labels, modalities):
@@ -1631,25 +1620,6 @@ def perform(raw, seed, index, name):
     for path in wav, flv:
         os.replace(path + ".part", path)  # a kill leaves no half file under the final name
     return name
-
-
-def make_demo(raw, clips=2100, seed=0):
-    """Draw and synthesise the clips, 3,456 at most, the emotions in turn -> ids. Clip i depends on seed and i alone."""
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for emotion in TABLE:
-        levels = ["XX"] if emotion == "NEU" else ["XX", *LEVELS]
-        names = [f"{a}_{s}_{emotion}_{level}" for a in ACTORS for s in VOWELS for level in levels]
-        drawn.append(rng.permutation(names).tolist())
-    names = [name for turn in zip(*drawn) for name in turn][:clips]
-    for folder in "AudioWAV", "VideoFlash":
-        (raw / folder).mkdir(parents=True, exist_ok=True)
-    jobs = [(raw, seed, index, name) for index, name in enumerate(names)]
-    with closing(in_parallel(perform, jobs)) as done:
-        for name in tqdm(done, "drawing the demo", len(jobs), unit=" clips", disable=None, ncols=78):
-            if name is None:
-                raise DataError("a process that draws the demo died (out of memory?): the same command resumes")
-    return names
 
 
 # --- 7  Command line ---
