@@ -37,7 +37,6 @@ import sys
 import textwrap
 import threading
 import time
-import unicodedata
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -453,14 +452,19 @@ def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, bins=128, shift=10.
         elif fields[0] in KINETICS_SOUNDS:  # Kinetics' annotations
             rows.append((split, clip_key(f"{fields[1]}_{fields[2]}"), KINETICS_SOUNDS.index(fields[0])))
     if not rows and not split_dir:
-        rows = kinetics_folders(raw, paths)
+        for path in paths:  # the names of the folders that it lies in tell, the innermost first
+            names = [name.replace("_", " ") for name in path.relative_to(raw).parts[-2::-1]]
+            split = next(filter(None, map(split_of, names)), None)
+            label = next((KINETICS_SOUNDS.index(name) for name in names if name in KINETICS_SOUNDS), None)
+            if clip_key(path.stem) and split and label is not None:
+                rows.append((split, clip_key(path.stem), label))
     if not any(key in found for _, key, _ in rows):
         raise DataError(f"{raw} holds no clip of Kinetics-Sounds: it takes train/<class>/<id>_<start>_<end>.mp4 and "
                         "val/<class>/..., flat folders beside train.csv and val.csv, or --split-dir")  # fmt: skip
     if not split_dir and any(split == "val" for split, _, _ in rows):
         rows = [row for row in rows if row[0] != "test"]
-    clips = {}  # a clip that is listed twice counts for test
-    for split, key, label in rows:
+    clips = {}
+    for split, key, label in sorted(rows, key=lambda row: SPLITS.index(row[0])):  # one that is listed twice is for test
         path = found.get(key, raw / f"{key}.mp4")
         clips[key] = Clip(key, label, split, {"audio": path, "visual": path})
     clips = list(clips.values())
@@ -472,18 +476,6 @@ def clip_key(stem):
     """<youtube id>_<start, six digits>, however many digits the start has and whatever follows; '' for other names."""
     match = re.fullmatch(r"(.{11})_(\d+)(_\d+)?", stem)  # a YouTube id has 11 characters
     return f"{match[1]}_{int(match[2]):06d}" if match else ""
-
-
-def kinetics_folders(raw, paths):
-    """[(split, clip, label)] from the names of the folders that a clip lies in, test last."""
-    rows = []
-    for path in paths:
-        names = [name.replace("_", " ") for name in path.relative_to(raw).parts[:-1]]
-        splits = list(filter(None, map(split_of, names)))
-        labels = [KINETICS_SOUNDS.index(name) for name in names if name in KINETICS_SOUNDS]
-        if splits and labels and clip_key(path.stem):
-            rows.append((splits[-1], clip_key(path.stem), labels[-1]))  # the innermost
-    return sorted(rows, key=lambda row: SPLITS.index(row[0]))
 
 
 UCF_ID = re.compile(r"v_(\w+?)_g(\d+)_c\d+", re.IGNORECASE)
@@ -590,7 +582,7 @@ def read_table(table):
             raise DataError(f"{table}: a modality cannot be called {m!r}: give the column another name")
     if "id" not in rows:
         rows = rows.assign(id=[f"line {line}" for line in rows.index])
-    rows["label"] = rows["label"].map(partial(unicodedata.normalize, "NFC"))  # there are two ways to write an umlaut
+    rows["label"] = rows["label"].str.normalize("NFC")  # there are two ways to write an umlaut
     problems = {"has an empty cell": (rows == "").any(axis=1), "has the id of another clip": rows["id"].duplicated()}
     if "split" in rows:
         problems["is in a split other than train, val or test"] = rows["split"].map(split_of).isna()
@@ -717,6 +709,8 @@ def how_to_get(folder):
 
 # --- 3  Reading media: one of a clip's files -> its rows. PyAV's wheels carry FFmpeg. ---
 
+RATE = 16_000  # samples per second of every sound
+
 
 def middles(length, count):
     """The middles of `count` equal parts of `length` frames: number i is the one at (i + 1/2) / count."""
@@ -807,27 +801,21 @@ def pick_frames(path, spec, pairs=False):
 def packet_times(path, spec):
     """When the packets of a video, or of its `longest` seconds, are to be shown, in order; one that is truncated is a
     bad clip. All packets are read, which is cheap, since the container may not tell how many there are."""
-    packets = last = 0
-    times = []
     with open_media(path) as container:
         if not films_in(container):
             raise BadClip("no picture")
         stream = films_in(container)[0]
-        for packet in packets_of(stream):
-            packets += 1
-            last = max(last, packet.pts or 0)
-            if not packet.is_discard:  # by the edit list of an MP4
-                times.append(packet.pts or 0)
-        if packets < 0.9 * stream.frames:
+        packets = [(packet.pts or 0, packet.is_discard) for packet in packets_of(stream)]
+        times = sorted(time for time, hidden in packets if not hidden)  # by the edit list of an MP4
+        if len(packets) < 0.9 * stream.frames:
             raise BadClip(f"truncated, {len(times)} of {stream.frames} frames are there")
         if not stream.frames and container.duration:  # Flash tells no number of frames, but how long it lasts
-            there = float(last * stream.time_base)
+            there = float(max(packets, default=(0,))[0] * stream.time_base)
             if 2 * there + 0.5 < container.duration / av.time_base:
                 raise BadClip(f"truncated after {there:.1f} s")
-        most = len(times)
         if "longest" in spec and stream.average_rate:
-            most = max(1, round(spec["longest"] * stream.average_rate))
-    return sorted(times)[:most]
+            times = times[: max(1, round(spec["longest"] * stream.average_rate))]
+    return times
 
 
 def read_flow(source, spec):
@@ -861,9 +849,8 @@ def flow_pictures(folders):
     return u, v
 
 
-def read_sound(path, rate=16000, longest=math.inf):
-    """A file's sound, or little more than its first `longest` seconds, as mono float32 in [-1, 1] at `rate` samples a
-    second: (samples,)."""
+def read_sound(path, longest=math.inf):
+    """A file's sound, or little more than its first `longest` seconds: (samples,) float32 in [-1, 1], mono."""
     frames = []
     seconds = 0.0
     with open_media(path) as container:
@@ -877,7 +864,7 @@ def read_sound(path, rate=16000, longest=math.inf):
         told = length_told(path, container)
     # a new converter where the format changes on the way
     runs = groupby(frames, lambda frame: (frame.sample_rate, frame.format.name, frame.layout.name))
-    sound = [resample(list(run), rate) for _, run in runs]
+    sound = [resample(list(run)) for _, run in runs]
     if sum(map(len, sound)) < 400:  # less than one window of 25 ms
         raise BadClip("no sound")
     if seconds < min(0.9 * told, longest):
@@ -898,13 +885,13 @@ def length_told(path, container):
     return 0 if films_in(container) and not stream.frames or abs(told - guess) < 0.05 * told else told
 
 
-def resample(frames, rate):
-    """Frames of one format -> mono (samples,). Where their channels cancel each other out, the loudest is taken."""
+def resample(frames):
+    """Frames of one format -> mono (samples,) at RATE. Where their channels cancel each other out, the loudest is taken."""
     graph = av.filter.Graph()  # what PyAV's AudioResampler does, which starts threads, and waits for them, per file
     graph.threads = 1
     first = frames[0]
     source = graph.add_abuffer(None, first.sample_rate, first.format, first.layout, time_base=first.time_base)
-    resampler = graph.add("aformat", f"sample_fmts=flt:sample_rates={rate}")
+    resampler = graph.add("aformat", f"sample_fmts=flt:sample_rates={RATE}")
     graph.link_nodes(source, resampler, graph.add("abuffersink")).configure()
     for frame in [*frames, None]:  # None: no more will come
         graph.push(frame)
@@ -919,11 +906,11 @@ def resample(frames, rate):
     return sound[:, loudness.argmax()] if np.square(mix).mean() < 0.01 * loudness.mean() else mix
 
 
-def fbank(sound, spec, rate=16000):
+def fbank(sound, spec):
     """Kaldi's log-mel filter banks as the official code takes them: (1, bins, frames) float16. Mean removed, a Hanning
     window of 25 ms every `shift` ms, no dither; cut, or padded with zeros before normalising."""
     wave = torch.from_numpy(sound - sound.mean())[None]  # (1, samples)
-    mel = kaldi.fbank(wave, sample_frequency=rate, num_mel_bins=spec["bins"], frame_shift=spec["shift"],
+    mel = kaldi.fbank(wave, sample_frequency=RATE, num_mel_bins=spec["bins"], frame_shift=spec["shift"],
                       window_type="hanning", htk_compat=True, use_energy=False, dither=0.0)  # fmt: skip
     frames = spec["shape"][-1]
     mel = F.pad(mel[:frames], (0, 0, 0, max(0, frames - len(mel))))  # (frames, bins)
@@ -1393,7 +1380,6 @@ ROOM_TONES = 12.0  # loudness of what hums in the room, different in every clip:
 SIZE = 96
 FPS = 10
 SECONDS = 1.2
-RATE = 16_000
 ACTORS = range(1001, 1049)
 LEVELS = {"LO": 0.6, "MD": 0.8, "HI": 1.0}  # intensity; XX, unspecified: anywhere from LO to HI
 
