@@ -23,7 +23,6 @@ import argparse
 import csv
 import errno
 import hashlib
-import inspect
 import io
 import json
 import math
@@ -43,7 +42,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, pairwise
 from multiprocessing import current_process, parent_process
 from pathlib import Path
 
@@ -79,8 +78,7 @@ class BadClip(Exception):
 
 @contextmanager
 def explained(message, *let_through):
-    """Make a DataError of any error inside: the message, and the error after it. Those to `let_through` pass as they
-    are, as DataError and PermissionError do."""
+    """Any error inside becomes a DataError: the message, and the error after it. Some pass: those to `let_through`."""
     try:
         yield
     except (DataError, PermissionError, *let_through):
@@ -149,7 +147,9 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
         raise DataError(f"{raw} cannot be called {name!r}: a dataset is {', '.join(DATASETS)}, or a .csv of another "
                         "name, of letters, digits, _, - and . alone: choose one with --name")  # fmt: skip
     lister = DATASETS.get(name, own_data)
-    options = {**default_options(lister), **options}
+    if lister is mosi:
+        return mosi(raw, folder)
+    options = {**lister.__kwdefaults__, **options}
     max_bad = MAX_BAD.get(name, 5.0) if max_bad is None else max_bad
     for option, value in {**options, "workers": workers or 1, "max_bad": max_bad}.items():
         meaning, *limits = OPTIONS[option]
@@ -159,8 +159,6 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     recorded = json.loads(json.dumps(options, default=str))  # as the manifest tells them
     if own:  # an edited table makes another dataset
         recorded["csv"] = fingerprint(raw)
-    if lister is mosi:
-        return mosi(raw, folder)
     if is_prepared(folder, recorded):
         return folder
     with explained(f"{raw}: the lists that say which clips there are cannot be understood", OSError):
@@ -182,11 +180,6 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
             write_json(folder / "manifest.json", plan)  # it says that the dataset is there
             (folder / "plan.json").unlink()
     return folder
-
-
-def default_options(lister):
-    parameters = inspect.signature(lister).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def fingerprint(path):
@@ -308,7 +301,7 @@ def read_file(file, spec):
 
 
 # --- 2  The datasets: listers, which say which clips there are ---
-# A lister takes the raw folder; its keyword arguments are the dataset's options -> (clips, classes).
+# A lister takes the raw folder; its keyword-only arguments are the dataset's options -> (clips, classes).
 
 
 def walk(folder, above=()):
@@ -325,8 +318,7 @@ def walk(folder, above=()):
 
 
 def find_files(raw, *suffixes):
-    """All files below a folder that end so, in any case. They are sorted so that {path.stem: path} holds, of several
-    with one name, the first by the alphabet: .flv before .mp4."""
+    """All files below a folder that end so, in any case; {path.stem: path} holds, of .flv and .mp4, the first."""
     paths = [Path(path) for path in walk(raw) if path.lower().endswith(suffixes)]
     return sorted(paths, key=lambda path: (path.suffix.lower(), path), reverse=True)
 
@@ -389,7 +381,7 @@ EMOTIONS = ["ANG", "DIS", "FEA", "HAP", "NEU", "SAD"]
 CREMAD_ID = re.compile(r"\d{4}_[A-Z]{3}_(ANG|DIS|FEA|HAP|NEU|SAD)_[A-Z]{2}")  # <actor>_<sentence>_<emotion>_<level>
 
 
-def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, split="clips", split_dir=None):
+def cremad(raw, *, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, split="clips", split_dir=None):
     """CREMA-D: 7,442 clips, 91 actors, six emotions. `raw` holds <id>.wav and <id>.flv (or .mp4) at any depth.
     split "clips" draws 80 / 10 / 10 per cent at random over clips, as officially: every actor is in all three;
     "actors" holds out whole actors. `split_dir` holds lists with lines `id,EMO` instead: my_train.csv or train.csv,
@@ -435,7 +427,7 @@ playing trumpet, playing violin, playing xylophone, ripping paper, shoveling sno
 stomping grapes, tap dancing, tapping guitar, tapping pen, tickling""".replace("\n", " ").split(", ")
 
 
-def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, bins=128, shift=10.0, split_dir=None):
+def kinetics(raw, *, frames=3, keep=1, size=224, seconds=10.24, bins=128, shift=10.0, split_dir=None):
     """Kinetics-Sounds: 31 classes of Kinetics-400. `raw` holds, at any depth, train and val (or test) with a folder per
     class, or flat beside train.csv and val.csv (label,youtube_id,time_start,...). `split_dir` holds the lists that
     circulate instead, with lines <youtube id>_<start>...,<seconds>,<label>: they test on Kinetics-400's test split.
@@ -481,7 +473,7 @@ def clip_key(stem):
 UCF_ID = re.compile(r"v_(\w+?)_g(\d+)_c\d+", re.IGNORECASE)
 
 
-def ucf101(raw, frames=3, keep=1, size=224, fold=1):
+def ucf101(raw, *, frames=3, keep=1, size=224, fold=1):
     """UCF-101: RGB and optical flow of 13,320 clips, 101 classes. `raw` holds v_<Class>_gNN_cNN.avi at any depth.
     The official splits are a rule: fold k tests on groups 7k-6 to 7k. Validation is a tenth of the training groups,
     since the clips of a group are cut from one video. Flow is TV-L1 where there are pictures of it, else computed."""
@@ -537,7 +529,7 @@ def file_type(path):
     return next((name for name, suffixes in FILE_TYPES.items() if str(path).lower().endswith(suffixes)), None)
 
 
-def own_data(table, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0):
+def own_data(table, *, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0):
     """Your own clips from a CSV. It has a column `label`, and may have `split` (train, val or test; else 80 / 10 / 10
     per cent are drawn, every label in its share), `group` (clips of a group stay together) and `id`. Every other column
     is a modality and holds files, relative to the CSV: a video (whose sound counts in a column `audio`, whose motion
@@ -596,7 +588,7 @@ def read_table(table):
     return rows, modalities
 
 
-def demo(raw, clips=2100, seed=0):
+def demo(raw, *, clips=2100, seed=0):
     """The miniature CREMA-D: written to `raw` as real files, then read as CREMA-D is. 1,000 / 300 / 800 clips, or
     3,456 at most, the emotions in turn; clip i depends on seed and i alone. Section 6 draws and synthesises them."""
     rng = np.random.default_rng(seed)
@@ -886,7 +878,7 @@ def length_told(path, container):
 
 
 def resample(frames):
-    """Frames of one format -> mono (samples,) at RATE. Where their channels cancel each other out, the loudest is taken."""
+    """Frames of one format -> mono (samples,). Where their channels cancel each other out, the loudest is taken."""
     graph = av.filter.Graph()  # what PyAV's AudioResampler does, which starts threads, and waits for them, per file
     graph.threads = 1
     first = frames[0]
@@ -1024,13 +1016,13 @@ JOURNAL_EVERY = 2.0  # seconds: flushing every clip to the disk would be slow
 
 def make_arrays(folder, plan):
     """Write the plan down and create its arrays at full size, once the disk is seen to hold them."""
-    new = {}  # {path: (dtype, shape)}
+    new = []
     for split, ids in plan["splits"].items():
         for m, spec in plan["modalities"].items():
-            array = np.dtype(spec["dtype"]), (len(ids), *spec["shape"])
-            if not is_array(folder / split / f"{m}.npy", *array):
-                new[folder / split / f"{m}.npy"] = array
-    needed = sum(dtype.itemsize * math.prod(shape) for dtype, shape in new.values())
+            array = folder / split / f"{m}.npy", np.dtype(spec["dtype"]), (len(ids), *spec["shape"])
+            if not is_array(*array):
+                new.append(array)
+    needed = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in new)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(f"{folder} will take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
@@ -1039,7 +1031,7 @@ def make_arrays(folder, plan):
         for split in SPLITS:
             (folder / split / "labels.npy").unlink(missing_ok=True)
     write_json(folder / "plan.json", plan)
-    for path, (dtype, shape) in new.items():
+    for path, dtype, shape in new:
         path.parent.mkdir(exist_ok=True)
         np.lib.format.open_memmap(path, "w+", dtype, shape)
 
@@ -1226,9 +1218,8 @@ def load(name, root="prepared", modalities=None):
 
 
 def add_noise(dataset, modality, level):
-    """Gaussian noise on every clip of one modality, `level` times as strong as the modality's own standard deviation.
-    A clip keeps its noise over the epochs, as a bad recording does, so that it can be memorised; padding stays 0. The
-    noisy array is held in memory."""
+    """Gaussian noise of `level` standard deviations on every clip of one modality, which is then in memory. A clip
+    keeps its noise over the epochs, as a bad recording does, so that it can be memorised; padding stays 0."""
     if modality not in dataset.shapes:
         raise DataError(f"no {modality} to put noise on; there is {', '.join(dataset.shapes)}")
     train = dataset.train
@@ -1333,17 +1324,13 @@ def batches(split, batch_size, seed=None, device="cpu", augmented=False, part=(0
     part=(rank, world), for random order, is one process's piece of every batch. All pieces are of one size, so that
     the mean of their gradients is the batch's: some clips of a last batch may come twice."""
     rank, world = part
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:  # the current GPU is one per thread, and another one reads ahead
-        device = torch.device("cuda", torch.cuda.current_device())
     order = np.arange(len(split))
     if seed is not None:
         order = np.random.default_rng(seed).permutation(len(split))
     pieces = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     if seed is not None and len(pieces) > 1 and len(pieces[-1]) <= world:  # batch-norm takes two clips at least
         pieces[-2:] = [np.concatenate(pieces[-2:])]
-    if seed is not None and world > 1:
-        pieces = [np.resize(piece, -(-len(piece) // world) * world)[rank::world] for piece in pieces]
+    pieces = [np.resize(piece, -(-len(piece) // world) * world)[rank::world] for piece in pieces]
 
     def read(number):
         picked = np.sort(pieces[number])  # ascending rows read the disk in one direction
@@ -1352,24 +1339,20 @@ def batches(split, batch_size, seed=None, device="cpu", augmented=False, part=(0
         return inputs, to_device(split.labels[picked], device), rng
 
     results = map(read, range(len(pieces)))
-    if device.type == "cuda" and any(isinstance(array, np.ndarray) for array in split.arrays.values()):
-        results = prefetch(read, range(len(pieces)), device)
+    if torch.device(device).type == "cuda" and any(isinstance(array, np.ndarray) for array in split.arrays.values()):
+        results = prefetch(read, range(len(pieces)))
     for inputs, labels, rng in results:
         yield {m: normalise(x, split.specs[m], rng) for m, x in inputs.items()}, labels
 
 
-def prefetch(work, items, device):
-    """As map(work, items), but a thread, whose current GPU is `device`, is one item ahead."""
+def prefetch(work, items):
+    """As map(work, items), but a thread is one item ahead, and its current GPU is ours: every thread has its own."""
     with ThreadPoolExecutor(1) as thread:
-        if device.type == "cuda":
-            thread.submit(torch.cuda.set_device, device)
-        waiting = []
-        for item in items:
-            waiting.append(thread.submit(work, item))
-            if len(waiting) > 1:
-                yield waiting.pop(0).result()
-        for last in waiting:
-            yield last.result()
+        if torch.cuda.is_available():
+            thread.submit(torch.cuda.set_device, torch.cuda.current_device())
+        submitted = (thread.submit(work, item) for item in items)
+        for current, _ in pairwise(chain(submitted, [None])):  # the next one is submitted first
+            yield current.result()
 
 
 # --- 6  The demo: a miniature CREMA-D of cartoon actors with babbling voices. Skip it. ---
@@ -1636,8 +1619,7 @@ def show(name, root="prepared"):
 
 
 def overview(dataset):
-    """Lines of 80 columns at most: how many clips of each class each split holds, the extremes of many classes, and
-    warnings of what is too few to learn from or to measure, and of silence."""
+    """Lines of 80 columns at most: clips per class and split, of many classes the extremes; warnings."""
     names = [f"{name[:46]:<46}" for name in dataset.classes]
     splits = dict(zip(SPLITS, (dataset.train, dataset.val, dataset.test)))
     counts = {name: np.bincount(split.labels, minlength=len(names)) for name, split in splits.items()}
@@ -1681,7 +1663,7 @@ def parse(words):
             p.add_argument("--raw", type=Path, help="the download")
         if name != "mosi":
             options = {"workers": cpu_count(), "max_bad": MAX_BAD.get(name, 5.0)}
-            for option, default in {**options, **default_options(DATASETS.get(name, own_data))}.items():
+            for option, default in {**options, **DATASETS.get(name, own_data).__kwdefaults__}.items():
                 of_type = str if default is None else type(default)
                 p.add_argument(f"--{option.replace('_', '-')}", type=of_type, default=default, help=OPTIONS[option][0])
     args = vars(parser.parse_args(words))

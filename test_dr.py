@@ -3762,7 +3762,7 @@ def test_inputs_are_normalised_as_the_official_code_does(small_demo):
 
 
 def test_the_demo_is_the_same_for_one_seed_and_stratified(small_demo, tmp_path):
-    data.demo(tmp_path, 13)
+    data.demo(tmp_path, clips=13)
     for clip in tmp_path.rglob("*.*"):
         assert clip.read_bytes() == (small_demo / "demo" / "raw" / clip.relative_to(tmp_path)).read_bytes()
     dataset = data.load("demo", small_demo)
@@ -3791,7 +3791,7 @@ def test_arrays_held_on_the_device_and_batches_read_ahead_are_the_same(small_dem
 
     plain = read()
     with monkeypatch.context() as patch:  # as on CUDA
-        patch.setattr(data, "map", lambda work, items: data.prefetch(work, items, torch.device("cpu")), raising=False)
+        patch.setattr(data, "map", data.prefetch, raising=False)
         threaded = read()
     assert not data.move_to_gpu(dataset, "cpu", max_bytes=1000) and isinstance(dataset.train.arrays["audio"], np.ndarray)
     assert data.move_to_gpu(dataset, "cpu", max_bytes=10**9) and isinstance(dataset.train.arrays["audio"], torch.Tensor)
