@@ -339,8 +339,7 @@ def read_lists(folder, *suffixes):
 
 
 def draw_splits(clips, val=0.1, test=0.1):
-    """Move shares of the training clips to test and val, at random, every class in its share, and whole groups; of
-    three groups or more, one at least."""
+    """Move shares of the training groups to test and val at random, evenly over classes; one each if there are three."""
     groups = {}  # {group: its clips}
     for clip in clips:
         if clip.split == "train":
@@ -438,17 +437,17 @@ def kinetics(raw, *, frames=3, keep=1, size=224, seconds=10.24, bins=128, shift=
     rows = []  # (split, clip, label)
     for split, path, fields in read_lists(split_dir or raw, ".txt", ".csv"):
         if len(fields) == 3:  # a list that circulates
-            if int(fields[2]) >= len(KINETICS_SOUNDS):
+            if not 0 <= int(fields[2]) <= 30:
                 raise DataError(f"{path}: labels are 0 to 30, not {fields[2]}")
-            rows.append((split, clip_key(fields[0]), int(fields[2])))
+            rows.append((split, clip_key(fields[0]), KINETICS_SOUNDS[int(fields[2])]))
         elif fields[0] in KINETICS_SOUNDS:  # Kinetics' annotations
-            rows.append((split, clip_key(f"{fields[1]}_{fields[2]}"), KINETICS_SOUNDS.index(fields[0])))
+            rows.append((split, clip_key(f"{fields[1]}_{fields[2]}"), fields[0]))
     if not rows and not split_dir:
         for path in paths:  # the names of the folders that it lies in tell, the innermost first
             names = [name.replace("_", " ") for name in path.relative_to(raw).parts[-2::-1]]
             split = next(filter(None, map(split_of, names)), None)
-            label = next((KINETICS_SOUNDS.index(name) for name in names if name in KINETICS_SOUNDS), None)
-            if clip_key(path.stem) and split and label is not None:
+            label = next((name for name in names if name in KINETICS_SOUNDS), None)
+            if clip_key(path.stem) and split and label:
                 rows.append((split, clip_key(path.stem), label))
     if not any(key in found for _, key, _ in rows):
         raise DataError(f"{raw} holds no clip of Kinetics-Sounds: it takes train/<class>/<id>_<start>_<end>.mp4 and "
@@ -458,7 +457,7 @@ def kinetics(raw, *, frames=3, keep=1, size=224, seconds=10.24, bins=128, shift=
     clips = {}
     for split, key, label in sorted(rows, key=lambda row: SPLITS.index(row[0])):  # one that is listed twice is for test
         path = found.get(key, raw / f"{key}.mp4")
-        clips[key] = Clip(key, label, split, {"audio": path, "visual": path})
+        clips[key] = Clip(key, KINETICS_SOUNDS.index(label), split, {"audio": path, "visual": path})
     clips = list(clips.values())
     complete_splits(clips)
     return clips, KINETICS_SOUNDS
@@ -720,9 +719,9 @@ def open_media(path):
         return av.open(url, options=options)
 
 
-def films_in(container):
-    """Its streams of pictures, but for covers."""
-    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+def film_in(container):
+    """Its first stream of pictures that is no cover, or None."""
+    return next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
 
 
 def packets_of(stream):
@@ -750,8 +749,6 @@ def read_frames(path, spec):
 
 def over_white(picture):
     """In RGB; what is transparent shows white paper, as viewers do."""
-    if "A" not in picture.mode and "transparency" not in picture.info:
-        return picture.convert("RGB")
     paper = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(paper, picture.convert("RGBA")).convert("RGB")
 
@@ -776,7 +773,7 @@ def pick_frames(path, spec, pairs=False):
     for counted in False, True:
         if counted:
             with open_media(path) as container:
-                length = sum(1 for _ in islice(decode(films_in(container)[0]), length))
+                length = sum(1 for _ in islice(decode(film_in(container)), length))
         if length <= pairs or 2 * length < len(times):
             raise BadClip(f"broken, {length} of {len(times)} frames can be decoded")
         wanted = middles(length, spec["count"] * spec["keep"])
@@ -784,7 +781,7 @@ def pick_frames(path, spec, pairs=False):
             wanted = [min(i, length - 2) + step for i in wanted for step in (0, 1)]
         last = wanted[-1]
         with open_media(path) as container:
-            shown = enumerate(islice(decode(films_in(container)[0]), last + 1))
+            shown = enumerate(islice(decode(film_in(container)), last + 1))
             frames = {i: frame for i, frame in shown if i in wanted}
         if counted or last in frames and frames[last].pts in (times[last], None):  # an AVI may tell no times
             return [frames[i] for i in wanted]
@@ -794,9 +791,9 @@ def packet_times(path, spec):
     """When the packets of a video, or of its `longest` seconds, are to be shown, in order; one that is truncated is a
     bad clip. All packets are read, which is cheap, since the container may not tell how many there are."""
     with open_media(path) as container:
-        if not films_in(container):
+        stream = film_in(container)
+        if not stream:
             raise BadClip("no picture")
-        stream = films_in(container)[0]
         packets = [(packet.pts or 0, packet.is_discard) for packet in packets_of(stream)]
         times = sorted(time for time, hidden in packets if not hidden)  # by the edit list of an MP4
         if len(packets) < 0.9 * stream.frames:
@@ -874,7 +871,7 @@ def length_told(path, container):
         return told * (size + 8) / container.size
     rate = stream.codec_context.bit_rate
     guess = 8 * container.size / rate if rate else 0  # what FFmpeg makes of the size where nothing is told
-    return 0 if films_in(container) and not stream.frames or abs(told - guess) < 0.05 * told else told
+    return 0 if film_in(container) and not stream.frames or abs(told - guess) < 0.05 * told else told
 
 
 def resample(frames):
@@ -905,7 +902,7 @@ def fbank(sound, spec):
     mel = kaldi.fbank(wave, sample_frequency=RATE, num_mel_bins=spec["bins"], frame_shift=spec["shift"],
                       window_type="hanning", htk_compat=True, use_energy=False, dither=0.0)  # fmt: skip
     frames = spec["shape"][-1]
-    mel = F.pad(mel[:frames], (0, 0, 0, max(0, frames - len(mel))))  # (frames, bins)
+    mel = F.pad(mel, (0, 0, 0, frames - len(mel)))  # (frames, bins); what is too long is cut
     return mel.T[None].half().numpy()
 
 
@@ -1010,7 +1007,7 @@ def exclusive(folder, wait=False):
         lock.release()
 
 
-SKIPPED = -1  # the label of a clip that is not safely on the disk: while it is prepared, labels.npy is a journal
+SKIPPED = -1  # the label of a clip that is not there: until all are, labels.npy is a journal of those on the disk
 JOURNAL_EVERY = 2.0  # seconds: flushing every clip to the disk would be slow
 
 
@@ -1114,7 +1111,7 @@ def in_parallel(work, jobs, workers=None):
             if alone:
                 done += 1
                 yield None
-            careful = max(careful, done + 32 * processes)  # more jobs than a pool has at hand
+            careful = done + 32 * processes  # more jobs than a pool has at hand
         finally:
             signal.signal(signal.SIGINT, usual)
             pool.shutdown(cancel_futures=True)
@@ -1210,10 +1207,8 @@ def load(name, root="prepared", modalities=None):
             if not len(rows):
                 raise DataError(f"{folder}/{split} holds no clip: see what manifest.json says was skipped")
             splits[split] = Split(arrays, specs, rows, labels[rows], [ids[row] for row in rows])
-        shapes = {m: tuple(spec["shape"]) for m, spec in specs.items()}  # as `normalise` makes them
-        for m, spec in specs.items():
-            if "count" in spec:
-                shapes[m] = (spec["count"], spec["shape"][-1], spec["size"], spec["size"])
+        first, _ = next(batches(splits["train"], 1))
+        shapes = {m: tuple(x.shape[1:]) for m, x in first.items()}
         return Dataset(**splits, classes=manifest["classes"], shapes=shapes)
 
 
