@@ -339,7 +339,7 @@ def read_lists(folder, *suffixes):
 
 
 def draw_splits(clips, val=0.1, test=0.1):
-    """Move shares of the training groups to test and val at random, evenly over classes; one each if there are three."""
+    """Move shares of the training groups to test and val at random, evenly by class; one each if there are three."""
     groups = {}  # {group: its clips}
     for clip in clips:
         if clip.split == "train":
