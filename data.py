@@ -1653,7 +1653,8 @@ def parse(words):
         p.add_argument("--out", type=Path, default=Path("prepared"), help="the arrays go to a folder in OUT")
         p.add_argument("--show", action="store_true", help="draw what was prepared, to samples.png beside the arrays")
         if name in tables:
-            p.add_argument("--name", dest="called", default=Path(name).stem, help="of the dataset")
+            p.set_defaults(raw=Path(name))
+            p.add_argument("--name", default=Path(name).stem, help="of the dataset")  # in place of the .csv
         elif name != "demo":
             p.add_argument("--raw", type=Path, help="the download")
         if name != "mosi":
@@ -1661,10 +1662,7 @@ def parse(words):
             for option, default in {**options, **DATASETS.get(name, own_data).__kwdefaults__}.items():
                 of_type = str if default is None else type(default)
                 p.add_argument(f"--{option.replace('_', '-')}", type=of_type, default=default, help=OPTIONS[option][0])
-    args = vars(parser.parse_args(words))
-    if tables:
-        args.update(raw=Path(tables[0]), name=args.pop("called"))
-    return args
+    return vars(parser.parse_args(words))
 
 
 @contextmanager
