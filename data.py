@@ -1067,18 +1067,18 @@ def fill_arrays(folder, plan, splits, workers, max_bad):
                     raise DataError(f"{len(skipped)} of {total:,} clips cannot be used, more than --max-bad "
                                     f"{max_bad:g} per cent; the last: {', '.join(skipped[-1][1:])}")  # fmt: skip
                 if time.monotonic() - saved > JOURNAL_EVERY:
-                    save_journal(folder, labels, plan["modalities"])
+                    save_journal(folder, labels)
                     saved = time.monotonic()
     finally:
-        save_journal(folder, labels, plan["modalities"])
+        save_journal(folder, labels)
     return sorted(skipped)
 
 
-def save_journal(folder, labels, modalities):
+def save_journal(folder, labels):
     """Flush the arrays to the disk first, and only then write down which of their rows are there."""
     for split, array in labels.items():
-        for m in modalities:
-            with open(folder / split / f"{m}.npy", "r+b") as file:
+        for path in (folder / split).glob("*.npy"):
+            with open(path, "r+b") as file:
                 os.fsync(file.fileno())
         write_atomically(folder / split / "labels.npy", partial(np.save, arr=array))
 
