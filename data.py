@@ -1620,10 +1620,10 @@ def overview(dataset):
     counts = {name: np.bincount(split.labels, minlength=len(names)) for name, split in splits.items()}
     table = pd.DataFrame(counts, names)
     lines = (table if len(names) <= 40 else table.agg(["min", "max"])).to_string(col_space=8).splitlines()
-    cells = table.unstack()  # {(split, class): clips}
-    if cells.min() < 2:
-        split, name = cells.idxmin()
-        lines.append(f"warning: fewer than two clips, {cells.min()}, of the class {name.strip()[:24]} in {split}")
+    least = table.min().idxmin()
+    if table[least].min() < 2:
+        name = table[least].idxmin().strip()[:24]
+        lines.append(f"warning: fewer than two clips, {table[least].min()}, of the class {name} in {least}")
     if len(dataset.val) < 10 * len(names):
         lines.append("warning: fewer than ten clips per class to validate on: purity gaps are mostly luck")
     nothing = np.float16(np.log(torch.finfo(torch.float).eps))  # the logarithm of it
