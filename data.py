@@ -78,7 +78,7 @@ class BadClip(Exception):
 
 @contextmanager
 def explained(message, *let_through):
-    """Any error inside becomes a DataError: the message, and the error after it. Some pass: those to `let_through`."""
+    """Any error inside becomes a DataError: message (error). DataError, PermissionError and `let_through` stay."""
     try:
         yield
     except (DataError, PermissionError, *let_through):
@@ -318,7 +318,7 @@ def walk(folder, above=()):
 
 
 def find_files(raw, *suffixes):
-    """All files below a folder that end so, in any case; {path.stem: path} holds, of .flv and .mp4, the first."""
+    """All files below a folder that end so, in any case; of one name, {stem: path} keeps the .flv, not the .mp4."""
     paths = [Path(path) for path in walk(raw) if path.lower().endswith(suffixes)]
     return sorted(paths, key=lambda path: (path.suffix.lower(), path), reverse=True)
 
@@ -524,7 +524,7 @@ KINDS_OF_A_VIDEO = {"audio": "fbank", "flow": "flow"}  # by what the modality is
 
 
 def file_type(path):
-    """One of FILE_TYPES, or None."""
+    """One of FILE_TYPES, or None, as for the two folders of a flow."""
     return next((name for name, suffixes in FILE_TYPES.items() if str(path).lower().endswith(suffixes)), None)
 
 
