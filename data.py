@@ -23,7 +23,6 @@ import argparse
 import csv
 import errno
 import hashlib
-import inspect
 import io
 import json
 import math
@@ -37,14 +36,13 @@ import sys
 import textwrap
 import threading
 import time
-import unicodedata
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, pairwise
 from multiprocessing import current_process, parent_process
 from pathlib import Path
 
@@ -58,6 +56,7 @@ import torch.nn.functional as F
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from filelock import FileLock, Timeout
+from joblib import cpu_count  # what taskset, SLURM and containers lend of the machine's cores
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
@@ -79,8 +78,7 @@ class BadClip(Exception):
 
 @contextmanager
 def explained(message, *let_through):
-    """Make a DataError of any error inside: the message, and the error after it. Those to `let_through` pass as they
-    are, as DataError and PermissionError do."""
+    """Any error inside becomes a DataError: message (error). DataError, PermissionError and `let_through` stay."""
     try:
         yield
     except (DataError, PermissionError, *let_through):
@@ -149,7 +147,9 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
         raise DataError(f"{raw} cannot be called {name!r}: a dataset is {', '.join(DATASETS)}, or a .csv of another "
                         "name, of letters, digits, _, - and . alone: choose one with --name")  # fmt: skip
     lister = DATASETS.get(name, own_data)
-    options = {**default_options(lister), **options}
+    if lister is mosi:
+        return mosi(raw, folder)
+    options = {**lister.__kwdefaults__, **options}
     max_bad = MAX_BAD.get(name, 5.0) if max_bad is None else max_bad
     for option, value in {**options, "workers": workers or 1, "max_bad": max_bad}.items():
         meaning, *limits = OPTIONS[option]
@@ -159,18 +159,16 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
     recorded = json.loads(json.dumps(options, default=str))  # as the manifest tells them
     if own:  # an edited table makes another dataset
         recorded["csv"] = fingerprint(raw)
-    if lister is mosi:
-        return mosi(raw, folder)
     if is_prepared(folder, recorded):
         return folder
     with explained(f"{raw}: the lists that say which clips there are cannot be understood", OSError):
-        clips, classes, kinds = lister(raw, **options)
+        clips, classes = lister(raw, **options)
     splits = {split: [] for split in SPLITS}
     for clip in clips:
         splits[clip.split].append(clip)
     check_files(folder, raw, splits, max_bad)
     options = {"more": {}, **FIXED.get(name, {}), **options}
-    specs = {m: make_spec(m, kind, clips, options) for m, kind in kinds.items()}
+    specs = {m: make_spec(m, clips, options) for m in clips[0].files}
     ids = {split: [clip.id for clip in mine] for split, mine in splits.items()}
     plan = {"dataset": name, "options": recorded, "classes": classes, "modalities": specs, "splits": ids}
     with exclusive(folder, wait=True):
@@ -178,14 +176,10 @@ def prepare(name, raw=None, out="prepared", workers=None, max_bad=None, **option
             if (folder / "plan.json").exists() and read_json(folder / "plan.json") != plan:
                 raise DataError(f"{folder} was begun with other clips than {raw} holds now: delete it to begin again")
             make_arrays(folder, plan)
-            labels, skipped = fill_arrays(folder, plan, splits, workers, max_bad)
-            finish(folder, plan, labels, skipped)
+            plan["skipped"] = fill_arrays(folder, plan, splits, workers, max_bad)
+            write_json(folder / "manifest.json", plan)  # it says that the dataset is there
+            (folder / "plan.json").unlink()
     return folder
-
-
-def default_options(lister):
-    parameters = inspect.signature(lister).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def fingerprint(path):
@@ -237,9 +231,10 @@ def what_is_wrong(file):
     return ""
 
 
-def make_spec(m, kind, clips, options):
+def make_spec(m, clips, options):
     """The spec of a modality: how it is stored, and how `normalise` treats it."""
     first = clips[0].files[m]
+    kind = KINDS.get(file_type(first)) or KINDS_OF_A_VIDEO.get(m, "frames")
     if kind == "sequence":
         return sequence_spec(m, clips)
     if kind == "fbank":
@@ -248,7 +243,8 @@ def make_spec(m, kind, clips, options):
         return frames_spec(1, options["size"])
     shape = options["frames"], options["size"], options["keep"]
     if kind == "flow":
-        return flow_spec(*shape, flow=PICTURES_OF_FLOW if isinstance(first, tuple) else DIS)
+        taken_from = "TV-L1, from the pictures in the raw folder"
+        return flow_spec(*shape, flow=taken_from if isinstance(first, tuple) else "DIS, computed with OpenCV")
     return frames_spec(*shape, **options["more"])
 
 
@@ -304,16 +300,8 @@ def read_file(file, spec):
     return array
 
 
-def finish(folder, plan, labels, skipped):
-    """Write {split: labels} and, last, the manifest, which says that the dataset is there."""
-    for split, array in labels.items():
-        write_atomically(folder / split / "labels.npy", partial(np.save, arr=array))
-    write_json(folder / "manifest.json", {**plan, "skipped": sorted(skipped)})
-    (folder / "plan.json").unlink(missing_ok=True)
-
-
-# --- 2  The datasets: listers, which say which clips there are and of what kind each modality is ---
-# A lister takes the raw folder; its keyword arguments are the dataset's options -> (clips, classes, {modality: kind}).
+# --- 2  The datasets: listers, which say which clips there are ---
+# A lister takes the raw folder; its keyword-only arguments are the dataset's options -> (clips, classes).
 
 
 def walk(folder, above=()):
@@ -330,8 +318,7 @@ def walk(folder, above=()):
 
 
 def find_files(raw, *suffixes):
-    """All files below a folder that end so, in any case. They are sorted so that {path.stem: path} holds, of several
-    with one name, the first by the alphabet: .flv before .mp4."""
+    """All files below a folder that end so, in any case; of one name, {stem: path} keeps the .flv, not the .mp4."""
     paths = [Path(path) for path in walk(raw) if path.lower().endswith(suffixes)]
     return sorted(paths, key=lambda path: (path.suffix.lower(), path), reverse=True)
 
@@ -347,13 +334,12 @@ def read_lists(folder, *suffixes):
     found = {split_of(path.stem): path for path in find_files(folder, *suffixes)}
     for split in SPLITS:
         if split in found:
-            for fields in csv.reader(found[split].read_text("utf-8-sig").splitlines()):
+            for fields in filter(None, csv.reader(found[split].read_text("utf-8-sig").splitlines())):
                 yield split, found[split], [field.strip() for field in fields]
 
 
 def draw_splits(clips, val=0.1, test=0.1):
-    """Move shares of the training clips to test and val, at random, every class in its share, and whole groups; of
-    three groups or more, one at least."""
+    """Move shares of the training groups to test and val at random, evenly by class; one each if there are three."""
     groups = {}  # {group: its clips}
     for clip in clips:
         if clip.split == "train":
@@ -394,7 +380,7 @@ EMOTIONS = ["ANG", "DIS", "FEA", "HAP", "NEU", "SAD"]
 CREMAD_ID = re.compile(r"\d{4}_[A-Z]{3}_(ANG|DIS|FEA|HAP|NEU|SAD)_[A-Z]{2}")  # <actor>_<sentence>_<emotion>_<level>
 
 
-def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, split="clips", split_dir=None):
+def cremad(raw, *, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, split="clips", split_dir=None):
     """CREMA-D: 7,442 clips, 91 actors, six emotions. `raw` holds <id>.wav and <id>.flv (or .mp4) at any depth.
     split "clips" draws 80 / 10 / 10 per cent at random over clips, as officially: every actor is in all three;
     "actors" holds out whole actors. `split_dir` holds lists with lines `id,EMO` instead: my_train.csv or train.csv,
@@ -413,15 +399,14 @@ def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, s
     for i in ids:
         files = {"audio": sounds.get(i, raw / f"{i}.wav"), "visual": films.get(i, raw / f"{i}.flv")}
         clips.append(Clip(i, EMOTIONS.index(i[9:12]), "train", files, i[:4] if split == "actors" else i))
-    kinds = {"audio": "fbank", "visual": "frames"}
     if not split_dir:
         draw_splits(clips)
-        return clips, EMOTIONS, kinds
+        return clips, EMOTIONS
     unlisted = {clip.id: clip for clip in clips}
     clips = []
     for split, path, fields in read_lists(split_dir, ".csv"):
-        i = fields[0] if fields else "name"
-        if i == "name":  # a header, or nothing
+        i = fields[0]
+        if i == "name":  # a header
             continue
         if i not in unlisted or fields[1:] != [i[9:12]]:
             line = ",".join(fields)
@@ -431,7 +416,7 @@ def cremad(raw, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0, s
     if not clips:
         raise DataError(f"{split_dir} holds no lists: it takes my_train.csv (or train.csv), test.csv, maybe val.csv")
     complete_splits(clips)
-    return clips, EMOTIONS, kinds
+    return clips, EMOTIONS
 
 
 KINETICS_SOUNDS = """blowing nose, blowing out candles, bowling, chopping wood, dribbling basketball, laughing,
@@ -441,7 +426,7 @@ playing trumpet, playing violin, playing xylophone, ripping paper, shoveling sno
 stomping grapes, tap dancing, tapping guitar, tapping pen, tickling""".replace("\n", " ").split(", ")
 
 
-def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, bins=128, shift=10.0, split_dir=None):
+def kinetics(raw, *, frames=3, keep=1, size=224, seconds=10.24, bins=128, shift=10.0, split_dir=None):
     """Kinetics-Sounds: 31 classes of Kinetics-400. `raw` holds, at any depth, train and val (or test) with a folder per
     class, or flat beside train.csv and val.csv (label,youtube_id,time_start,...). `split_dir` holds the lists that
     circulate instead, with lines <youtube id>_<start>...,<seconds>,<label>: they test on Kinetics-400's test split.
@@ -452,25 +437,30 @@ def kinetics(raw, frames=3, keep=1, size=224, seconds=10.24, bins=128, shift=10.
     rows = []  # (split, clip, label)
     for split, path, fields in read_lists(split_dir or raw, ".txt", ".csv"):
         if len(fields) == 3:  # a list that circulates
-            if int(fields[2]) >= len(KINETICS_SOUNDS):
+            if not 0 <= int(fields[2]) <= 30:
                 raise DataError(f"{path}: labels are 0 to 30, not {fields[2]}")
-            rows.append((split, clip_key(fields[0]), int(fields[2])))
-        elif fields and fields[0] in KINETICS_SOUNDS:  # Kinetics' annotations
-            rows.append((split, clip_key(f"{fields[1]}_{fields[2]}"), KINETICS_SOUNDS.index(fields[0])))
+            rows.append((split, clip_key(fields[0]), KINETICS_SOUNDS[int(fields[2])]))
+        elif fields[0] in KINETICS_SOUNDS:  # Kinetics' annotations
+            rows.append((split, clip_key(f"{fields[1]}_{fields[2]}"), fields[0]))
     if not rows and not split_dir:
-        rows = kinetics_folders(raw, paths)
+        for path in paths:  # the names of the folders that it lies in tell, the innermost first
+            names = [name.replace("_", " ") for name in path.relative_to(raw).parts[-2::-1]]
+            split = next(filter(None, map(split_of, names)), None)
+            label = next((name for name in names if name in KINETICS_SOUNDS), None)
+            if clip_key(path.stem) and split and label:
+                rows.append((split, clip_key(path.stem), label))
     if not any(key in found for _, key, _ in rows):
         raise DataError(f"{raw} holds no clip of Kinetics-Sounds: it takes train/<class>/<id>_<start>_<end>.mp4 and "
                         "val/<class>/..., flat folders beside train.csv and val.csv, or --split-dir")  # fmt: skip
     if not split_dir and any(split == "val" for split, _, _ in rows):
         rows = [row for row in rows if row[0] != "test"]
-    clips = {}  # a clip that is listed twice counts for test
-    for split, key, label in rows:
+    clips = {}
+    for split, key, label in sorted(rows, key=lambda row: SPLITS.index(row[0])):  # one that is listed twice is for test
         path = found.get(key, raw / f"{key}.mp4")
-        clips[key] = Clip(key, label, split, {"audio": path, "visual": path})
+        clips[key] = Clip(key, KINETICS_SOUNDS.index(label), split, {"audio": path, "visual": path})
     clips = list(clips.values())
     complete_splits(clips)
-    return clips, KINETICS_SOUNDS, {"audio": "fbank", "visual": "frames"}
+    return clips, KINETICS_SOUNDS
 
 
 def clip_key(stem):
@@ -479,26 +469,10 @@ def clip_key(stem):
     return f"{match[1]}_{int(match[2]):06d}" if match else ""
 
 
-def kinetics_folders(raw, paths):
-    """[(split, clip, label)] from the names of the folders that a clip lies in, test last."""
-    rows = []
-    for path in paths:
-        split = label = None
-        for name in path.relative_to(raw).parts[:-1]:
-            name = name.replace("_", " ")
-            split = split_of(name) or split
-            label = KINETICS_SOUNDS.index(name) if name in KINETICS_SOUNDS else label
-        if split and label is not None and clip_key(path.stem):
-            rows.append((split, clip_key(path.stem), label))
-    return sorted(rows, key=lambda row: SPLITS.index(row[0]))
-
-
 UCF_ID = re.compile(r"v_(\w+?)_g(\d+)_c\d+", re.IGNORECASE)
-DIS = "DIS, computed with OpenCV"
-PICTURES_OF_FLOW = "TV-L1, from the pictures in the raw folder"
 
 
-def ucf101(raw, frames=3, keep=1, size=224, fold=1):
+def ucf101(raw, *, frames=3, keep=1, size=224, fold=1):
     """UCF-101: RGB and optical flow of 13,320 clips, 101 classes. `raw` holds v_<Class>_gNN_cNN.avi at any depth.
     The official splits are a rule: fold k tests on groups 7k-6 to 7k. Validation is a tenth of the training groups,
     since the clips of a group are cut from one video. Flow is TV-L1 where there are pictures of it, else computed."""
@@ -522,7 +496,7 @@ def ucf101(raw, frames=3, keep=1, size=224, fold=1):
             if any((clip.id.lower() in listed) != (clip.split == "test") for clip in clips):
                 raise DataError(f"{path} is not UCF-101's own list, groups {7 * fold - 6} to {7 * fold}: move it away")
     draw_splits(clips, test=0)
-    return clips, classes, {"flow": "flow", "visual": "frames"}
+    return clips, classes
 
 
 def find_flow(raw):
@@ -546,27 +520,27 @@ FILE_TYPES = {
     "features": (".npy",),
 }
 KINDS = {"picture": "frames", "sound": "fbank", "features": "sequence"}
-KINDS_OF_A_VIDEO = {"audio": "fbank", "flow": "flow"}  # by what the column is called; else frames
+KINDS_OF_A_VIDEO = {"audio": "fbank", "flow": "flow"}  # by what the modality is called; else frames
 
 
 def file_type(path):
-    """One of FILE_TYPES, or None."""
+    """One of FILE_TYPES, or None, as for the two folders of a flow."""
     return next((name for name, suffixes in FILE_TYPES.items() if str(path).lower().endswith(suffixes)), None)
 
 
-def own_data(table, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0):
+def own_data(table, *, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0):
     """Your own clips from a CSV. It has a column `label`, and may have `split` (train, val or test; else 80 / 10 / 10
     per cent are drawn, every label in its share), `group` (clips of a group stay together) and `id`. Every other column
     is a modality and holds files, relative to the CSV: a video (whose sound counts in a column `audio`, whose motion
     in `flow`), a picture, a sound, or a .npy of (T, D) or (D,) numbers."""
-    rows, types = read_table(table)
+    rows, modalities = read_table(table)
     classes = sorted(set(rows["label"]))
     if len(classes) < 2:
         raise DataError(f"{table}: every clip has the label {classes[0]}: there is nothing to tell apart")
     clips = []
     groups = {}  # {files: group}: a clip that is listed twice is in one split
     for row in rows.to_dict("records"):
-        files = {m: table.parent / row[m] for m in types}
+        files = {m: table.parent / row[m] for m in modalities}
         split = split_of(row.get("split", "train"))
         group = groups.setdefault(tuple(map(os.path.realpath, files.values())), row.get("group", row["id"]))
         clips.append(Clip(row["id"], classes.index(row["label"]), split, files, group))
@@ -577,12 +551,11 @@ def own_data(table, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.
     if shared := sorted(path for path in count if count[path] > 1):  # what was trained on is no test
         where = " and ".join(split for split in SPLITS if (shared[0], split) in places)
         print(f"warning: {len(shared):,} files are in several splits, as {shared[0]} in {where}", file=sys.stderr)
-    kinds = {m: KINDS_OF_A_VIDEO.get(m, "frames") if t == "video" else KINDS[t] for m, t in types.items()}
-    return clips, classes, kinds
+    return clips, classes
 
 
 def read_table(table):
-    """The CSV's rows, each with an id, and {modality: type of its files}; a wrong row is named by its line."""
+    """The CSV's rows, each with an id, and the columns that are modalities; a wrong row is named by its line."""
     text = table.read_bytes().decode("utf-8-sig", errors="replace")
     if {"\ufffd", "\0"} & set(text) or text.startswith("sep="):
         raise DataError(f"{table} cannot be understood: save it as UTF-8, with commas, and without a line sep=")
@@ -600,31 +573,43 @@ def read_table(table):
             raise DataError(f"{table}: a modality cannot be called {m!r}: give the column another name")
     if "id" not in rows:
         rows = rows.assign(id=[f"line {line}" for line in rows.index])
-    rows["label"] = rows["label"].map(partial(unicodedata.normalize, "NFC"))  # there are two ways to write an umlaut
-    types = rows[modalities].map(file_type)
+    rows["label"] = rows["label"].str.normalize("NFC")  # there are two ways to write an umlaut
     problems = {"has an empty cell": (rows == "").any(axis=1), "has the id of another clip": rows["id"].duplicated()}
     if "split" in rows:
         problems["is in a split other than train, val or test"] = rows["split"].map(split_of).isna()
     for m in modalities:
-        wrong = types[m].isna() | (types[m] != types[m].iloc[0])
+        types = rows[m].map(file_type)
+        wrong = types.isna() | (types != types.iloc[0])
         problems[f"has no video, picture, sound or .npy file in {m}, or not what {m} begins with"] = wrong
     for problem, wrong in problems.items():
         if wrong.any():
             raise DataError(f"{table}, line {wrong.idxmax()} {problem}: {', '.join(rows.loc[wrong.idxmax()])}")
-    return rows, types.iloc[0].to_dict()
+    return rows, modalities
 
 
-def demo(raw, clips=2100, seed=0):
-    """The miniature CREMA-D: written to `raw` as real files, then listed and read as CREMA-D is.
-    1,000 / 300 / 800 clips at the default size; one frame of 32 x 32 pixels, 32 mel bands, 1.2 s."""
-    with exclusive(raw, wait=True):
-        names = make_demo(raw, clips, seed)
+def demo(raw, *, clips=2100, seed=0):
+    """The miniature CREMA-D: written to `raw` as real files, then read as CREMA-D is. 1,000 / 300 / 800 clips, or
+    3,456 at most, the emotions in turn; clip i depends on seed and i alone. Section 6 draws and synthesises them."""
+    rng = np.random.default_rng(seed)
+    names = []
+    for emotion in EMOTIONS:
+        levels = ["XX"] if emotion == "NEU" else ["XX", *LEVELS]
+        every = [f"{a}_{s}_{emotion}_{level}" for a in ACTORS for s in VOWELS for level in levels]
+        names.append(rng.permutation(every).tolist())
+    names = list(chain(*zip(*names)))[:clips]
+    jobs = [(raw, seed, index, name) for index, name in enumerate(names)]
+    with exclusive(raw, wait=True), closing(in_parallel(perform, jobs)) as done:
+        for folder in "AudioWAV", "VideoFlash":
+            (raw / folder).mkdir(exist_ok=True)
+        for name in tqdm(done, "drawing the demo", len(jobs), unit=" clips", disable=None, ncols=78):
+            if name is None:
+                raise DataError("a process that draws the demo died (out of memory?): the same command resumes")
     drawn = []
     for i in sorted(names):
         files = {"audio": raw / f"AudioWAV/{i}.wav", "visual": raw / f"VideoFlash/{i}.flv"}
         drawn.append(Clip(i, EMOTIONS.index(i[9:12]), "train", files))
     draw_splits(drawn, 300 / 2100, 800 / 2100)
-    return drawn, EMOTIONS, {"audio": "fbank", "visual": "frames"}
+    return drawn, EMOTIONS
 
 
 def mosi(raw, folder):
@@ -637,10 +622,9 @@ def mosi(raw, folder):
         return folder
     if raw.name == "aligned_50.pkl" and recorded["sha256"] != "d3994fd25681":
         print(f"warning: {raw} is not the {raw.name} that MMSA publishes: its SHA-256 is another", file=sys.stderr)
-    plan = {"dataset": "mosi", "options": recorded, "classes": ["negative", "non-negative"], "modalities": {}}
-    plan["splits"] = {}  # {split: ids}
+    specs = {}
+    ids = {}
     arrays = {}  # {file: array}
-    labels = {}
     skipped = []
     scale = {}  # {modality: mean and deviation over the training set}
     with explained(f"{raw} is not CMU-MOSI as MMSA or MultiBench lay it out, but damaged, or a web page or a git-lfs "
@@ -648,13 +632,13 @@ def mosi(raw, folder):
         pickled = PlainUnpickler(io.BytesIO(raw.read_bytes()), encoding="latin1").load()
         for split, part in ("train", pickled["train"]), ("val", pickled["valid"]), ("test", pickled["test"]):
             n = len(part["text"])
-            ids = [str(i) for i in np.reshape(part.get("id", range(n)), (n, -1))[:, 0]]
+            ids[split] = [str(i) for i in np.reshape(part.get("id", range(n)), (n, -1))[:, 0]]
             score = np.float32(part.get("regression_labels", part.get("labels"))).reshape(n, -1)[:, 0]
             bad = {"score": ~np.isfinite(score)}
             for m in "text", "audio", "vision":
                 x = np.asarray(part[m], np.float32)  # (N, T, D)
                 spec = {"kind": "sequence", "shape": list(x.shape[1:]), "dtype": "float32"}
-                if plan["modalities"].setdefault(m, spec) != spec or len(x) != n:
+                if specs.setdefault(m, spec) != spec or len(x) != n:
                     raise ValueError(f"in {split}, {m} has the shape {x.shape}")
                 present = x.any(-1)  # (N, T), which steps are no padding; some pickles tell it
                 if f"{m}_lengths" in part:
@@ -664,16 +648,17 @@ def mosi(raw, folder):
                 scale.setdefault(m, statistics([x[present]]))
                 arrays[f"{split}/{m}"] = standardise(x, present, *scale[m])
                 bad[m] = present.any(1) & ~(np.isfinite(x) & present[..., None]).any((1, 2))
-            labels[split] = np.where(np.any(list(bad.values()), axis=0), SKIPPED, score >= 0)
-            for row in np.flatnonzero(labels[split] == SKIPPED):
-                skipped.append([split, ids[row], "no " + next(what for what, rows in bad.items() if rows[row])])
-            plan["splits"][split] = ids
+            bad = pd.DataFrame(bad)
+            arrays[f"{split}/labels"] = np.where(bad.any(axis=1), SKIPPED, score >= 0)
+            for row, what in bad[bad.any(axis=1)].idxmax(axis=1).items():  # the first that it lacks
+                skipped.append([split, ids[split][row], f"no {what}"])
+    manifest = {"dataset": "mosi", "options": recorded, "classes": ["negative", "non-negative"], "modalities": specs}
     with exclusive(folder, wait=True):
         if not is_prepared(folder, recorded):  # by another process, meanwhile
             for name, array in arrays.items():
                 (folder / name).parent.mkdir(exist_ok=True)
                 write_atomically(folder / f"{name}.npy", partial(np.save, arr=array))
-            finish(folder, plan, labels, skipped)
+            write_json(folder / "manifest.json", {**manifest, "splits": ids, "skipped": sorted(skipped)})
     return folder
 
 
@@ -715,6 +700,8 @@ def how_to_get(folder):
 
 # --- 3  Reading media: one of a clip's files -> its rows. PyAV's wheels carry FFmpeg. ---
 
+RATE = 16_000  # samples per second of every sound
+
 
 def middles(length, count):
     """The middles of `count` equal parts of `length` frames: number i is the one at (i + 1/2) / count."""
@@ -732,9 +719,9 @@ def open_media(path):
         return av.open(url, options=options)
 
 
-def films_in(container):
-    """Its streams of pictures, but for covers."""
-    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+def film_in(container):
+    """Its first stream of pictures that is no cover, or None."""
+    return next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
 
 
 def packets_of(stream):
@@ -762,8 +749,6 @@ def read_frames(path, spec):
 
 def over_white(picture):
     """In RGB; what is transparent shows white paper, as viewers do."""
-    if "A" not in picture.mode and "transparency" not in picture.info:
-        return picture.convert("RGB")
     paper = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(paper, picture.convert("RGBA")).convert("RGB")
 
@@ -788,7 +773,7 @@ def pick_frames(path, spec, pairs=False):
     for counted in False, True:
         if counted:
             with open_media(path) as container:
-                length = sum(1 for _ in islice(decode(films_in(container)[0]), length))
+                length = sum(1 for _ in islice(decode(film_in(container)), length))
         if length <= pairs or 2 * length < len(times):
             raise BadClip(f"broken, {length} of {len(times)} frames can be decoded")
         wanted = middles(length, spec["count"] * spec["keep"])
@@ -796,7 +781,7 @@ def pick_frames(path, spec, pairs=False):
             wanted = [min(i, length - 2) + step for i in wanted for step in (0, 1)]
         last = wanted[-1]
         with open_media(path) as container:
-            shown = enumerate(islice(decode(films_in(container)[0]), last + 1))
+            shown = enumerate(islice(decode(film_in(container)), last + 1))
             frames = {i: frame for i, frame in shown if i in wanted}
         if counted or last in frames and frames[last].pts in (times[last], None):  # an AVI may tell no times
             return [frames[i] for i in wanted]
@@ -805,27 +790,21 @@ def pick_frames(path, spec, pairs=False):
 def packet_times(path, spec):
     """When the packets of a video, or of its `longest` seconds, are to be shown, in order; one that is truncated is a
     bad clip. All packets are read, which is cheap, since the container may not tell how many there are."""
-    packets = last = 0
-    times = []
     with open_media(path) as container:
-        if not films_in(container):
+        stream = film_in(container)
+        if not stream:
             raise BadClip("no picture")
-        stream = films_in(container)[0]
-        for packet in packets_of(stream):
-            packets += 1
-            last = max(last, packet.pts or 0)
-            if not packet.is_discard:  # by the edit list of an MP4
-                times.append(packet.pts or 0)
-        if packets < 0.9 * stream.frames:
+        packets = [(packet.pts or 0, packet.is_discard) for packet in packets_of(stream)]
+        times = sorted(time for time, hidden in packets if not hidden)  # by the edit list of an MP4
+        if len(packets) < 0.9 * stream.frames:
             raise BadClip(f"truncated, {len(times)} of {stream.frames} frames are there")
         if not stream.frames and container.duration:  # Flash tells no number of frames, but how long it lasts
-            there = float(last * stream.time_base)
+            there = float(max(packets, default=(0,))[0] * stream.time_base)
             if 2 * there + 0.5 < container.duration / av.time_base:
                 raise BadClip(f"truncated after {there:.1f} s")
-        most = len(times)
         if "longest" in spec and stream.average_rate:
-            most = max(1, round(spec["longest"] * stream.average_rate))
-    return sorted(times)[:most]
+            times = times[: max(1, round(spec["longest"] * stream.average_rate))]
+    return times
 
 
 def read_flow(source, spec):
@@ -859,9 +838,8 @@ def flow_pictures(folders):
     return u, v
 
 
-def read_sound(path, rate=16000, longest=math.inf):
-    """A file's sound, or little more than its first `longest` seconds, as mono float32 in [-1, 1] at `rate` samples a
-    second: (samples,)."""
+def read_sound(path, longest=math.inf):
+    """A file's sound, or little more than its first `longest` seconds: (samples,) float32 in [-1, 1], mono."""
     frames = []
     seconds = 0.0
     with open_media(path) as container:
@@ -875,7 +853,7 @@ def read_sound(path, rate=16000, longest=math.inf):
         told = length_told(path, container)
     # a new converter where the format changes on the way
     runs = groupby(frames, lambda frame: (frame.sample_rate, frame.format.name, frame.layout.name))
-    sound = [resample(list(run), rate) for _, run in runs]
+    sound = [resample(list(run)) for _, run in runs]
     if sum(map(len, sound)) < 400:  # less than one window of 25 ms
         raise BadClip("no sound")
     if seconds < min(0.9 * told, longest):
@@ -893,16 +871,16 @@ def length_told(path, container):
         return told * (size + 8) / container.size
     rate = stream.codec_context.bit_rate
     guess = 8 * container.size / rate if rate else 0  # what FFmpeg makes of the size where nothing is told
-    return 0 if films_in(container) and not stream.frames or abs(told - guess) < 0.05 * told else told
+    return 0 if film_in(container) and not stream.frames or abs(told - guess) < 0.05 * told else told
 
 
-def resample(frames, rate):
+def resample(frames):
     """Frames of one format -> mono (samples,). Where their channels cancel each other out, the loudest is taken."""
     graph = av.filter.Graph()  # what PyAV's AudioResampler does, which starts threads, and waits for them, per file
     graph.threads = 1
     first = frames[0]
     source = graph.add_abuffer(None, first.sample_rate, first.format, first.layout, time_base=first.time_base)
-    resampler = graph.add("aformat", f"sample_fmts=flt:sample_rates={rate}")
+    resampler = graph.add("aformat", f"sample_fmts=flt:sample_rates={RATE}")
     graph.link_nodes(source, resampler, graph.add("abuffersink")).configure()
     for frame in [*frames, None]:  # None: no more will come
         graph.push(frame)
@@ -917,14 +895,14 @@ def resample(frames, rate):
     return sound[:, loudness.argmax()] if np.square(mix).mean() < 0.01 * loudness.mean() else mix
 
 
-def fbank(sound, spec, rate=16000):
+def fbank(sound, spec):
     """Kaldi's log-mel filter banks as the official code takes them: (1, bins, frames) float16. Mean removed, a Hanning
     window of 25 ms every `shift` ms, no dither; cut, or padded with zeros before normalising."""
     wave = torch.from_numpy(sound - sound.mean())[None]  # (1, samples)
-    mel = kaldi.fbank(wave, sample_frequency=rate, num_mel_bins=spec["bins"], frame_shift=spec["shift"],
+    mel = kaldi.fbank(wave, sample_frequency=RATE, num_mel_bins=spec["bins"], frame_shift=spec["shift"],
                       window_type="hanning", htk_compat=True, use_energy=False, dither=0.0)  # fmt: skip
     frames = spec["shape"][-1]
-    mel = F.pad(mel[:frames], (0, 0, 0, max(0, frames - len(mel))))  # (frames, bins)
+    mel = F.pad(mel, (0, 0, 0, frames - len(mel)))  # (frames, bins); what is too long is cut
     return mel.T[None].half().numpy()
 
 
@@ -1029,29 +1007,19 @@ def exclusive(folder, wait=False):
         lock.release()
 
 
-def cpu_count():
-    """How many cores this process may use: taskset, SLURM and containers lend fewer than the machine has."""
-    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on
-        return os.process_cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):  # on Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-SKIPPED = -1
-NOT_YET = -2  # labels.npy is a journal: a clip that is not safely on the disk has this label
+SKIPPED = -1  # the label of a clip that is not there: until all are, labels.npy is a journal of those on the disk
 JOURNAL_EVERY = 2.0  # seconds: flushing every clip to the disk would be slow
 
 
 def make_arrays(folder, plan):
     """Write the plan down and create its arrays at full size, once the disk is seen to hold them."""
-    new = {}  # {path: (dtype, shape)}
+    new = []
     for split, ids in plan["splits"].items():
         for m, spec in plan["modalities"].items():
-            array = np.dtype(spec["dtype"]), (len(ids), *spec["shape"])
-            if not is_array(folder / split / f"{m}.npy", *array):
-                new[folder / split / f"{m}.npy"] = array
-    needed = sum(dtype.itemsize * math.prod(shape) for dtype, shape in new.values())
+            array = folder / split / f"{m}.npy", np.dtype(spec["dtype"]), (len(ids), *spec["shape"])
+            if not is_array(*array):
+                new.append(array)
+    needed = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in new)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(f"{folder} will take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
@@ -1060,10 +1028,9 @@ def make_arrays(folder, plan):
         for split in SPLITS:
             (folder / split / "labels.npy").unlink(missing_ok=True)
     write_json(folder / "plan.json", plan)
-    for path, (dtype, shape) in new.items():
+    for path, dtype, shape in new:
         path.parent.mkdir(exist_ok=True)
-        np.lib.format.open_memmap(path.with_suffix(".new"), "w+", dtype, shape)
-        os.replace(path.with_suffix(".new"), path)
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
 
 
 def is_array(path, dtype, shape):
@@ -1075,15 +1042,15 @@ def is_array(path, dtype, shape):
 
 
 def fill_arrays(folder, plan, splits, workers, max_bad):
-    """Prepare the clips that are left -> {split: labels}, [[split, clip, why it was skipped]]."""
+    """Prepare the clips that are left, and what was skipped once more -> [[split, clip, why it was skipped]]."""
     labels = {}
     todo = []  # (clip, row)
     for split, clips in splits.items():
-        labels[split] = np.array([clip.label for clip in clips], np.int64)
+        true = np.array([clip.label for clip in clips], np.int64)
         path = folder / split / "labels.npy"
-        done = is_array(path, np.int64, (len(clips),)) and np.load(path) == labels[split]
-        labels[split] = np.where(done, labels[split], NOT_YET)  # what was skipped is read again
-        todo += [(clip, row) for row, clip in enumerate(clips) if labels[split][row] == NOT_YET]
+        done = is_array(path, true.dtype, true.shape) and np.load(path) == true
+        labels[split] = np.where(done, true, SKIPPED)
+        todo += [(clip, row) for row, clip in enumerate(clips) if labels[split][row] == SKIPPED]
     total = sum(map(len, splits.values()))
     skipped = []
     saved = time.monotonic()
@@ -1100,20 +1067,18 @@ def fill_arrays(folder, plan, splits, workers, max_bad):
                     raise DataError(f"{len(skipped)} of {total:,} clips cannot be used, more than --max-bad "
                                     f"{max_bad:g} per cent; the last: {', '.join(skipped[-1][1:])}")  # fmt: skip
                 if time.monotonic() - saved > JOURNAL_EVERY:
-                    save_journal(folder, labels, plan["modalities"])
+                    save_journal(folder, labels)
                     saved = time.monotonic()
     finally:
-        save_journal(folder, labels, plan["modalities"])
-    for array in labels.values():
-        array[array == NOT_YET] = SKIPPED
-    return labels, skipped
+        save_journal(folder, labels)
+    return sorted(skipped)
 
 
-def save_journal(folder, labels, modalities):
+def save_journal(folder, labels):
     """Flush the arrays to the disk first, and only then write down which of their rows are there."""
     for split, array in labels.items():
-        for m in modalities:
-            with open(folder / split / f"{m}.npy", "r+b") as file:
+        for path in (folder / split).glob("*.npy"):
+            with open(path, "r+b") as file:
                 os.fsync(file.fileno())
         write_atomically(folder / split / "labels.npy", partial(np.save, arr=array))
 
@@ -1146,7 +1111,7 @@ def in_parallel(work, jobs, workers=None):
             if alone:
                 done += 1
                 yield None
-            careful = max(careful, done + 32 * processes)  # more jobs than a pool has at hand
+            careful = done + 32 * processes  # more jobs than a pool has at hand
         finally:
             signal.signal(signal.SIGINT, usual)
             pool.shutdown(cancel_futures=True)
@@ -1242,17 +1207,14 @@ def load(name, root="prepared", modalities=None):
             if not len(rows):
                 raise DataError(f"{folder}/{split} holds no clip: see what manifest.json says was skipped")
             splits[split] = Split(arrays, specs, rows, labels[rows], [ids[row] for row in rows])
-        shapes = {m: tuple(spec["shape"]) for m, spec in specs.items()}  # as `normalise` makes them
-        for m, spec in specs.items():
-            if "count" in spec:
-                shapes[m] = (spec["count"], spec["shape"][-1], spec["size"], spec["size"])
+        first, _ = next(batches(splits["train"], 1))
+        shapes = {m: tuple(x.shape[1:]) for m, x in first.items()}
         return Dataset(**splits, classes=manifest["classes"], shapes=shapes)
 
 
 def add_noise(dataset, modality, level):
-    """Gaussian noise on every clip of one modality, `level` times as strong as the modality's own standard deviation.
-    A clip keeps its noise over the epochs, as a bad recording does, so that it can be memorised; padding stays 0. The
-    noisy array is held in memory."""
+    """Gaussian noise of `level` standard deviations on every clip of one modality, which is then in memory. A clip
+    keeps its noise over the epochs, as a bad recording does, so that it can be memorised; padding stays 0."""
     if modality not in dataset.shapes:
         raise DataError(f"no {modality} to put noise on; there is {', '.join(dataset.shapes)}")
     train = dataset.train
@@ -1357,17 +1319,13 @@ def batches(split, batch_size, seed=None, device="cpu", augmented=False, part=(0
     part=(rank, world), for random order, is one process's piece of every batch. All pieces are of one size, so that
     the mean of their gradients is the batch's: some clips of a last batch may come twice."""
     rank, world = part
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:  # the current GPU is one per thread, and another one reads ahead
-        device = torch.device("cuda", torch.cuda.current_device())
     order = np.arange(len(split))
     if seed is not None:
         order = np.random.default_rng(seed).permutation(len(split))
     pieces = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     if seed is not None and len(pieces) > 1 and len(pieces[-1]) <= world:  # batch-norm takes two clips at least
         pieces[-2:] = [np.concatenate(pieces[-2:])]
-    if seed is not None and world > 1:
-        pieces = [np.resize(piece, -(-len(piece) // world) * world)[rank::world] for piece in pieces]
+    pieces = [np.resize(piece, -(-len(piece) // world) * world)[rank::world] for piece in pieces]
 
     def read(number):
         picked = np.sort(pieces[number])  # ascending rows read the disk in one direction
@@ -1376,24 +1334,20 @@ def batches(split, batch_size, seed=None, device="cpu", augmented=False, part=(0
         return inputs, to_device(split.labels[picked], device), rng
 
     results = map(read, range(len(pieces)))
-    if device.type == "cuda" and any(isinstance(array, np.ndarray) for array in split.arrays.values()):
-        results = prefetch(read, range(len(pieces)), device)
+    if torch.device(device).type == "cuda" and any(isinstance(array, np.ndarray) for array in split.arrays.values()):
+        results = prefetch(read, range(len(pieces)))
     for inputs, labels, rng in results:
         yield {m: normalise(x, split.specs[m], rng) for m, x in inputs.items()}, labels
 
 
-def prefetch(work, items, device):
-    """As map(work, items), but a thread, whose current GPU is `device`, is one item ahead."""
+def prefetch(work, items):
+    """As map(work, items), but a thread is one item ahead, and its current GPU is ours: every thread has its own."""
     with ThreadPoolExecutor(1) as thread:
-        if device.type == "cuda":
-            thread.submit(torch.cuda.set_device, device)
-        waiting = []
-        for item in items:
-            waiting.append(thread.submit(work, item))
-            if len(waiting) > 1:
-                yield waiting.pop(0).result()
-        for last in waiting:
-            yield last.result()
+        if torch.cuda.is_available():
+            thread.submit(torch.cuda.set_device, torch.cuda.current_device())
+        submitted = (thread.submit(work, item) for item in items)
+        for current, _ in pairwise(chain(submitted, [None])):  # the next one is submitted first
+            yield current.result()
 
 
 # --- 6  The demo: a miniature CREMA-D of cartoon actors with babbling voices. Skip it. ---
@@ -1404,7 +1358,6 @@ ROOM_TONES = 12.0  # loudness of what hums in the room, different in every clip:
 SIZE = 96
 FPS = 10
 SECONDS = 1.2
-RATE = 16_000
 ACTORS = range(1001, 1049)
 LEVELS = {"LO": 0.6, "MD": 0.8, "HI": 1.0}  # intensity; XX, unspecified: anywhere from LO to HI
 
@@ -1633,25 +1586,6 @@ def perform(raw, seed, index, name):
     return name
 
 
-def make_demo(raw, clips=2100, seed=0):
-    """Draw and synthesise the clips, 3,456 at most, the emotions in turn -> ids. Clip i depends on seed and i alone."""
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for emotion in TABLE:
-        levels = ["XX"] if emotion == "NEU" else ["XX", *LEVELS]
-        names = [f"{a}_{s}_{emotion}_{level}" for a in ACTORS for s in VOWELS for level in levels]
-        drawn.append(rng.permutation(names).tolist())
-    names = [name for turn in zip(*drawn) for name in turn][:clips]
-    for folder in "AudioWAV", "VideoFlash":
-        (raw / folder).mkdir(parents=True, exist_ok=True)
-    jobs = [(raw, seed, index, name) for index, name in enumerate(names)]
-    with closing(in_parallel(perform, jobs)) as done:
-        for name in tqdm(done, "drawing the demo", len(jobs), unit=" clips", disable=None, ncols=78):
-            if name is None:
-                raise DataError("a process that draws the demo died (out of memory?): the same command resumes")
-    return names
-
-
 # --- 7  Command line ---
 
 
@@ -1680,8 +1614,7 @@ def show(name, root="prepared"):
 
 
 def overview(dataset):
-    """Lines of 80 columns at most: how many clips of each class each split holds, the extremes of many classes, and
-    warnings of what is too few to learn from or to measure, and of silence."""
+    """Lines of 80 columns at most: clips per class and split, of many classes the extremes; warnings."""
     names = [f"{name[:46]:<46}" for name in dataset.classes]
     splits = dict(zip(SPLITS, (dataset.train, dataset.val, dataset.test)))
     counts = {name: np.bincount(split.labels, minlength=len(names)) for name, split in splits.items()}
@@ -1720,18 +1653,16 @@ def parse(words):
         p.add_argument("--out", type=Path, default=Path("prepared"), help="the arrays go to a folder in OUT")
         p.add_argument("--show", action="store_true", help="draw what was prepared, to samples.png beside the arrays")
         if name in tables:
-            p.add_argument("--name", dest="called", default=Path(name).stem, help="of the dataset")
+            p.set_defaults(raw=Path(name))
+            p.add_argument("--name", default=Path(name).stem, help="of the dataset")  # in place of the .csv
         elif name != "demo":
             p.add_argument("--raw", type=Path, help="the download")
         if name != "mosi":
             options = {"workers": cpu_count(), "max_bad": MAX_BAD.get(name, 5.0)}
-            for option, default in {**options, **default_options(DATASETS.get(name, own_data))}.items():
+            for option, default in {**options, **DATASETS.get(name, own_data).__kwdefaults__}.items():
                 of_type = str if default is None else type(default)
                 p.add_argument(f"--{option.replace('_', '-')}", type=of_type, default=default, help=OPTIONS[option][0])
-    args = vars(parser.parse_args(words))
-    if tables:
-        args.update(raw=Path(tables[0]), name=args.pop("called"))
-    return args
+    return vars(parser.parse_args(words))
 
 
 @contextmanager
