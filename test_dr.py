@@ -12,7 +12,6 @@ import errno
 import io
 import json
 import pickle
-import platform
 import random
 import re
 import shutil
@@ -28,6 +27,7 @@ from dataclasses import asdict, fields
 from functools import partial
 from inspect import getsource
 from pathlib import Path
+from platform import libc_ver
 from types import SimpleNamespace
 from unittest import mock
 
@@ -1463,7 +1463,7 @@ def test_averaged_gradients_stay_in_their_places_in_any_memory_format(monkeypatc
     assert_close({n: p.grad for n, p in model.named_parameters()}, {n: 2.5 * g for n, g in alone.items()})
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.skipif(libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_kept():
     faults = """
 def faults():
