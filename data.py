@@ -1270,11 +1270,10 @@ def normalise(x, spec, rng=None):
     """What `read_rows` returns as a normalised float tensor; augmented if given a random generator.
     frames (B, T, 3, H, W) and flow (B, T, 2, H, W), which stay channels-last in memory (see memory_format); fbank
     (B, 1, F, T); sequence (B, T, D), its padding exactly 0."""
-    if spec["kind"] == "sequence":  # standardised when it was prepared
-        return x
-    mean = to_device(np.float32(spec["mean"]), x.device)
-    x = x.float().sub_(mean).div_(to_device(np.float32(spec["std"]), x.device))
-    if spec["kind"] != "fbank":
+    if spec["kind"] != "sequence":  # that was standardised when it was prepared
+        mean = to_device(np.float32(spec["mean"]), x.device)
+        x = x.float().sub_(mean).div_(to_device(np.float32(spec["std"]), x.device))
+    if spec["kind"] in ("frames", "flow"):
         x = x.movedim(-1, -3)
         if memory_format(x.device) is torch.contiguous_format:
             x = x.contiguous()
@@ -1290,8 +1289,11 @@ def memory_format(device):
 def augment(x, kind, rng):
     """Each sample by draws of its own, mildly: frames and flow by a crop of 0.6 to 1 of the area, at 0.9 to 1.1 of the
     ratio, and a flip, one for all frames of a clip; sounds become louder or softer by 2 dB or so, a shift of their
-    logarithms."""
+    logarithms; every feature of a sequence is shifted for the whole clip, as by another body, place or sensor."""
     B = len(x)
+    if kind == "sequence":  # (B, T, D), in standard deviations
+        shift = to_device(np.float32(rng.normal(0, 0.5, (B, 1, x.shape[2]))), x.device)
+        return torch.where((x == 0).all(-1, keepdim=True), 0, x + shift)  # padding stays 0
     if kind == "fbank":  # (B, 1, F, T)
         return x + to_device(np.float32(rng.normal(0, 0.05, B)), x.device)[:, None, None, None]
     area = rng.uniform(0.6, 1, B)

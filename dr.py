@@ -724,7 +724,7 @@ class Config:
     encoder: Annotated[str, "of pictures: resnet18, small, vit; auto: by their size"] = "auto"
     fusion: Annotated[str, "how features are joined: concat, sum, film, gated, mbt"] = "concat"
     noise_audio: Annotated[float, "noise on the sound, in standard deviations of it"] = 0.0
-    augment: Annotated[bool, "mild crops, flips, gains in training; officially none"] = None
+    augment: Annotated[bool, "mild crops, flips, gains, shifts in training; officially none"] = None
     lam: Annotated[float, "lambda in a = tanh(lambda * gap)"] = 3.0
     every: Annotated[int, "H: diagnose after epochs H, 2H, ..., counted from 0"] = None
     times: Annotated[int, "re-learn at most so many times"] = None

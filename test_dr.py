@@ -3978,12 +3978,14 @@ def test_noise_leaves_padding_alone_and_refuses_pictures(small_demo, tmp_path):
 def a_split(kind, keep=1, same=False):
     pictures = {"frames": data.frames_spec, "flow": data.flow_spec}
     spec = pictures[kind](2, 24, keep) if kind in pictures else data.fbank_spec(20, 0.4)
+    if kind == "sequence":
+        spec = {"kind": "sequence", "shape": [6, 3], "dtype": "float32"}
     array = np.random.default_rng(0).integers(0, 256, (12, *spec["shape"])).astype(spec["dtype"])
     array = array[:1].repeat(12, 0) if same else array
     return data.Split({kind: array}, {kind: spec}, np.arange(12), np.arange(12), [str(i) for i in range(12)])
 
 
-@pytest.mark.parametrize("kind", ["frames", "flow", "fbank"])
+@pytest.mark.parametrize("kind", ["frames", "flow", "fbank", "sequence"])
 def test_augmented_batches_repeat_with_the_seed_and_every_sample_is_drawn_on_its_own(kind):
     read = lambda seed, split: list(data.batches(split, 5, seed, augmented=True))  # noqa: E731
     split, changed = a_split(kind), a_split(kind)
@@ -4010,6 +4012,16 @@ def test_a_gain_shifts_a_whole_spectrogram():
     gain = data.augment(x.clone(), "fbank", np.random.default_rng(0)) - x
     torch.testing.assert_close(gain, gain[:, :, :1, :1].expand_as(x))
     assert 0.04 < gain[:, 0, 0, 0].std() < 0.06
+
+
+def test_a_shift_moves_every_feature_of_a_whole_sequence_but_not_its_padding():
+    x = torch.rand(200, 9, 4) + 1
+    x[:, 6:] = 0
+    shift = data.augment(x.clone(), "sequence", np.random.default_rng(0)) - x
+    torch.testing.assert_close(shift[:, :6], shift[:, :1].expand(-1, 6, -1))
+    assert not shift[:, 6:].any()
+    np.testing.assert_allclose(shift[:, 0].std(0), 0.5, atol=0.08)  # of standard deviations, each feature's its own
+    assert abs(np.corrcoef(shift[:, 0].T) - np.eye(4)).max() < 0.3
 
 
 def test_of_several_frames_kept_the_middle_one_is_taken_unless_augmented():
