@@ -4,7 +4,7 @@
     python data.py kinetics --raw kinetics400     Kinetics-Sounds' 31 classes
     python data.py ucf101   --raw UCF101          RGB and optical flow
     python data.py mosi     --raw aligned_50.pkl  CMU-MOSI, a pickle of features
-    python data.py my_clips.csv                   your own, see own_data
+    python data.py my_clips.csv                   your own: a table, see its --help
     python data.py demo                           drawn on the spot, no download
     python data.py cremad   --show                a page of what was prepared
     python data.py cremad   --help                all that can be set
@@ -1651,7 +1651,9 @@ def parse(words):
     commands = parser.add_subparsers(dest="name", required=True, metavar="dataset (or a .csv)")
     tables = [word for word in words[:1] if word.lower().endswith(".csv")]
     for name in [*DATASETS, *tables]:
-        p = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        lister = DATASETS.get(name, own_data)
+        form = argparse.ArgumentDefaultsHelpFormatter
+        p = commands.add_parser(name, description=lister.__doc__, formatter_class=form)
         p.add_argument("--out", type=Path, default=Path("prepared"), help="the arrays go to a folder in OUT")
         p.add_argument("--show", action="store_true", help="draw what was prepared, to samples.png beside the arrays")
         if name in tables:
@@ -1661,7 +1663,7 @@ def parse(words):
             p.add_argument("--raw", type=Path, help="the download")
         if name != "mosi":
             options = {"workers": cpu_count(), "max_bad": MAX_BAD.get(name, 5.0)}
-            for option, default in {**options, **DATASETS.get(name, own_data).__kwdefaults__}.items():
+            for option, default in {**options, **lister.__kwdefaults__}.items():
                 of_type = str if default is None else type(default)
                 p.add_argument(f"--{option.replace('_', '-')}", type=of_type, default=default, help=OPTIONS[option][0])
     return vars(parser.parse_args(words))

@@ -10,7 +10,7 @@ encoder is pulled back towards its initial weights, the further the larger g:
     a = tanh(lambda * g)        theta <- (1 - a) * theta + a * theta_init
 
     python dr.py                       D&R on the demo, drawn on the spot
-    python dr.py --method joint        trained and left alone; more: --help
+    python dr.py --method joint        joint training; --help lists the others
     python dr.py --modalities audio    one modality alone
     python dr.py --dataset cremad      after python data.py cremad --raw ...
     python dr.py --sweep method=joint,dr seed=0,1,2      a grid, over seeds
@@ -102,7 +102,7 @@ def small_resnet(shape, widths=(12, 24, 48, 96)):
     layers = [stem, nn.BatchNorm2d(widths[0]), nn.ReLU()]
     for before, after in zip(widths, widths[1:]):
         shortcut = nn.Sequential(
-            nn.MaxPool2d(kernel_size=1, stride=2),  # the stride; as the convolution's own it crashes some CPUs
+            nn.MaxPool2d(kernel_size=1, stride=2),  # every second pixel; a convolution's own stride crashes some CPUs
             nn.Conv2d(before, after, kernel_size=1, bias=False),
             nn.BatchNorm2d(after),
         )
@@ -135,8 +135,8 @@ class Concatenation(nn.Module):
         return self.head(torch.cat(list(features.values()), 1))
 
     def parts(self, features):
-        """The logits as a sum over modalities -> {modality: (B, n_classes)}: its columns of the weight times its
-        features, plus an equal share of the bias, as in OGM-GE's official code."""
+        """The joint logits as a sum over modalities -> {modality: (B, n_classes)}: a modality's columns of the weight
+        times its features, plus an equal share of the bias, as in OGM-GE's official code."""
         columns = self.head.weight.split(list(self.widths.values()), 1)
         bias = self.head.bias / len(columns)
         return {m: F.linear(features[m], w, bias) for m, w in zip(self.widths, columns)}
@@ -181,16 +181,16 @@ def purity(features, labels, n_clusters, n_init=10, seed=0):
 
         P = 1/N * sum over clusters of the size of the cluster's largest class
 
-    features (N, D) and labels (N,), arrays or CPU tensors. Raises ValueError, by scikit-learn, for features that are
-    not finite, fewer samples than clusters, and lengths that differ."""
-    x = minmax_scale(np.asarray(features, dtype=np.float32), (-1, 1))  # as in the official code, over this very set
-    clusters = KMeans(n_clusters, n_init=n_init, random_state=seed).fit_predict(x)  # (N,); it never sees the labels
+    features (N, D) and labels (N,), arrays or CPU tensors. Raises ValueError for features that are not finite,
+    fewer samples than clusters, and lengths that differ."""
+    x = minmax_scale(np.asarray(features, dtype=np.float32), (-1, 1))  # each set by itself, as in the official code
+    clusters = KMeans(n_clusters, n_init=n_init, random_state=seed).fit_predict(x)  # (N,)
     return float(contingency_matrix(labels, clusters).max(0).sum() / len(x))  # counts (classes, clusters)
 
 
 def purity_gap(train_features, train_labels, val_features, val_labels, n_clusters, n_init=10, seed=0):
-    """An encoder's learning state, g = |P_train - P_val| -> (P_train, P_val, g). Large: it is well learnt, or
-    over-trained. Small: it is under-trained, or has little to tell."""
+    """An encoder's learning state, g = |P_train - P_val|. Large: it is well learnt, or over-trained. Small: it is
+    under-trained, or has little to tell. Returns (P_train, P_val, g)."""
     p_train = purity(train_features, train_labels, n_clusters, n_init, seed)
     p_val = purity(val_features, val_labels, n_clusters, n_init, seed)
     return p_train, p_val, abs(p_train - p_val)
@@ -240,14 +240,14 @@ def initial_weights(model):
 
 def relearn(model, initial, gaps, lam):
     """D&R: every encoder goes back by its own gap.
-    `gaps` is {modality: g}, `initial` is initial_weights(model) -> {modality: a}."""
+    `gaps` is {modality: g}, `initial` comes from initial_weights(model). Returns the strengths, {modality: a}."""
     strengths = {m: relearning_strength(gap, lam) for m, gap in gaps.items()}
     for m, strength in strengths.items():
         soft_reinit(model.encoders[m], initial[m], strength)
     return strengths
 
 
-RELEARNING = {"dr": relearn}  # {--method: what follows a diagnosis}; what is not in it is diagnosed and left alone
+RELEARNING = {"dr": relearn}  # {--method: what follows a diagnosis}; other methods are diagnosed, nothing goes back
 
 
 # ---- 5  Training: a method leaves a gradient in every parameter, the optimiser makes the step ---------------------
@@ -312,10 +312,11 @@ def train(config):
 
 
 # ---- 6  Other methods: rivals of D&R, and D&R with one thing changed ----------------------------------------------
-# Each rival is its official code with that code's defaults (InfoReg: the paper's rule); what differs is said. Their
+# Each rival follows its official code and defaults (InfoReg: the paper's rule); what differs is said. Their
 # uni-modal logits are `parts` of the joint ones, where some official codes train extra heads.
 def compare(model, inputs, labels):
-    """One forward pass, and how far each modality is -> a namespace."""
+    """One forward pass, and how far each modality is -> a namespace. Below, r_m = s_m / the mean of the others' s:
+    how far m is ahead of them, OGM-GE's ratio of two modalities."""
     features = model.features(inputs)
     parts = model.fusion.parts(features)
     logits = model.fusion(features)
@@ -325,7 +326,7 @@ def compare(model, inputs, labels):
         logits=logits,  # (B, n_classes)
         loss=F.cross_entropy(logits, labels),  # L
         unimodal_loss=sum(F.cross_entropy(part, labels) for part in parts.values()),  # the sum of L_m
-        s=s,  # the mean probability of the right class by m's part; below, r_m = s / others, OGM-GE's ratio of two
+        s=s,  # the mean probability of the right class by m's part
         others={m: (sum(s.values()) - s[m]) / (len(s) - 1) for m in s},  # the mean of the others' s
     )
 
@@ -345,9 +346,10 @@ def ogm(model, inputs, labels, t):
 
 def ogm_ge(model, inputs, labels, t, alpha=0.8, until=0.5, noise=True):
     """OGM, and GE: noise on the gradients (the same paper).
-    In the first half of training the gradients of encoder m's convolutions and linear layers (officially: convolutions)
-    times k_m = 1 - tanh(alpha r_m) if r_m > 1 (officially the audio's at r = 1, too), else 1, plus N(0, std(grad)^2),
-    tensor by tensor, each process its own, the std before they are slowed. alpha is the authors' for CREMA-D."""
+    In the first half of training the gradients of encoder m's convolutions and linear layers are multiplied by
+    k_m = 1 - tanh(alpha r_m) if r_m > 1, else by 1; then N(0, std(grad)^2) is added, tensor by tensor, with the std from
+    before, and by each process its own. alpha is the authors' for CREMA-D. Officially: convolutions only, and the
+    audio's are slowed at r = 1, too."""
     out = compare(model, inputs, labels)
     out.loss.backward()
     if t > until:
@@ -440,7 +442,7 @@ def dgl(model, inputs, labels, t, alpha=4.0):
 def inforeg(model, inputs, labels, t, beta=0.9, threshold=0.04):
     """InfoReg* (Huang et al., CVPR 2025): holds back what is ahead.
     Like multitask, but encoder m is pulled towards w_e, its weights at the beginning of epoch e, if s_m is above the
-    mean of the others' s and its window is open, (Tr_e-1 - Tr_e-2) / Tr_e-1 > threshold: its gradient gets
+    mean of the others' s, and while it learns fast, (Tr_e-1 - Tr_e-2) / Tr_e-1 > threshold: its gradient gets
     exp(beta tanh(s_m - others)) (w - w_e). Tr_e is the sum over epoch e of its squared gradients. That is the paper's
     rule with uni-modal losses, for any number of modalities. The official code has sums for the means in s,
     .95 exp(tanh) for audio and .1 exp(tanh) for video, the threshold .05, and for both the trace of the audio's
@@ -476,13 +478,13 @@ def relearn_hard(model, initial, gaps, lam):
 
 
 def relearn_largest(model, initial, gaps, lam):
-    """D&R of the modality with the largest gap alone."""
+    """D&R, but only the modality with the largest gap goes back."""
     one = max(gaps, key=gaps.get)
     return relearn(model, initial, {m: gap if m == one else 0.0 for m, gap in gaps.items()}, lam)
 
 
 def relearn_smallest(model, initial, gaps, lam):
-    """D&R of the modality with the smallest gap alone."""
+    """D&R, but only the modality with the smallest gap goes back."""
     one = min(gaps, key=gaps.get)
     return relearn(model, initial, {m: gap if m == one else 0.0 for m, gap in gaps.items()}, lam)
 
@@ -516,7 +518,7 @@ def relearn_new(model, initial, gaps, lam):
 def equal_gap(x_train, y_train, x_val, y_val, n_clusters, n_init=10):
     """D&R by max(0, P_train - P_val) of equally many clips.
     Without two biases of purity_gap: the purity of fewer clips is larger by luck, and other people's clips may cluster
-    better than the training clips; neither says how much was learnt -> (P_train, P_val, g)."""
+    better than the training clips; neither says how much was learnt. Returns (P_train, P_val, g)."""
     n = min(len(y_train), len(y_val))
     some = torch.randperm(len(y_train))[:n].numpy()
     others = torch.randperm(len(y_val))[:n].numpy()
@@ -525,8 +527,8 @@ def equal_gap(x_train, y_train, x_val, y_val, n_clusters, n_init=10):
 
 
 def with_floor(measure, x_train, y_train, x_val, y_val, n_clusters, n_init=10, shuffles=3):
-    """A measure's P_train, P_val and gap, and the gap's floor, what luck alone gives: the mean over labels that are
-    shuffled, by k-means of one start."""
+    """A measure's P_train, P_val and gap, and the gap's floor, which is luck: the mean gap for shuffled labels, by
+    k-means of one start."""
     found = measure(x_train, y_train, x_val, y_val, n_clusters, n_init)
     rng = np.random.default_rng(0)
     lucky = []
@@ -720,7 +722,7 @@ class Config:
 
     dataset: Annotated[str, "what to train on: a folder of prepared data"] = "demo"
     method: Annotated[str, "how to train: one of the list below"] = "dr"
-    modalities: Annotated[str, "which, such as visual or audio+visual; all if not given"] = ""
+    modalities: Annotated[str, "those to use, as visual or audio+visual; all if not given"] = ""
     encoder: Annotated[str, "of pictures: resnet18, small, vit; auto: by their size"] = "auto"
     fusion: Annotated[str, "how features are joined: concat, sum, film, gated, mbt"] = "concat"
     noise_audio: Annotated[float, "noise on the sound, in standard deviations of it"] = 0.0
@@ -735,12 +737,12 @@ class Config:
     weight_decay: Annotated[float, "weight decay of SGD"] = None
     n_init: Annotated[int, "restarts of k-means"] = 10
     track_purity: Annotated[bool, "after each epoch, the purity of the test features"] = False
-    seed: Annotated[int, "of the initial weights and of the order of batches"] = 0
-    precision: Annotated[str, "bf16 (autocast) or fp32; auto: bf16 on CUDA"] = "auto"
+    seed: Annotated[int, "of initial weights, order of batches, augmentation"] = 0
+    precision: Annotated[str, "bf16 (autocast) or fp32; auto: bf16 where that is fast"] = "auto"
     device: Annotated[str, "cpu, cuda, cuda:1 or mps; auto: the best there is"] = "auto"
     data: Annotated[str, "folder of the prepared datasets"] = "prepared"
     out: Annotated[str, "folder of the runs"] = "runs"
-    name: Annotated[str, "of the run; made of what is not default if not given"] = ""
+    name: Annotated[str, "of the run; by default made of the flags that are not default"] = ""
 
     def __post_init__(self):
         for key, value in PRESETS.get(self.dataset, OFFICIAL).items():
@@ -898,16 +900,24 @@ class InBf16:
             return super().mean_tokens(inputs)
 
 
+def is_bf16_fast(device, large):
+    """Whether the hardware computes in bf16. On a CPU that halves a step of ResNet-18; small encoders stay in fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and large and any(getattr(torch.cpu, name, bool)() for name in instructions)
+
+
 def make_model(config, dataset, device="cpu"):
     """The model of a config, on its device. On several processes batch-norm takes its statistics over each one's share
     of a batch, as is usual; SyncBatchNorm would wait for the others 120 times per step."""
     device = torch.device(device)
     names = {choose_encoder(shape, config.encoder) for shape in dataset.shapes.values()}
+    large = bool(names & {"resnet18", "vit"})
     # small encoders gain nothing from more threads, which wait for each other, and change the last digits
-    torch.set_num_threads(ALL_THREADS if names & {"resnet18", "vit"} else 1)
+    torch.set_num_threads(ALL_THREADS if large else 1)
     kind = BottleneckModel if config.fusion == "mbt" else MultimodalModel
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.precision == "bf16" or (config.precision == "auto" and fast):
+    if config.precision == "bf16" or (config.precision == "auto" and is_bf16_fast(device, large)):
         kind = type("ModelInBf16", (InBf16, kind), {})
     model = kind(dataset.shapes, len(dataset.classes), config.encoder, config.fusion)
     if config.method == "inforeg":
@@ -916,8 +926,8 @@ def make_model(config, dataset, device="cpu"):
 
 
 def remaining_epochs(run):
-    """Yield the epochs that are left to train. Every half a minute a checkpoint is written before one; on a CPU a
-    resumed run ends bit for bit as if it had not been stopped."""
+    """Yield the epochs that are left to train. Before one, if the last is half a minute old, a checkpoint is written;
+    on a CPU a resumed run ends bit for bit as if it had not been stopped."""
     is_done(run.config)  # refuses the folder of another run
     resume(run)
     if is_main():
@@ -1437,8 +1447,8 @@ def parse(arguments=None):
         parser.add_argument("--" + f.name.replace("_", "-"), help=words, default=f.default, **how)
     parser.add_argument("--sweep", nargs="+", default=[], metavar="FIELD=A,B", help="run a grid, average it over seeds")
     parser.add_argument("--jobs", type=int, metavar="", help="runs of a sweep side by side (one per GPU or CPU core)")
-    parser.add_argument("--evaluate", metavar="BEST.PT", help="test this run as it was set, but for --data, --device")
-    parser.add_argument("--tsne", metavar="BEST.PT", help="draw the test features of this run, likewise")
+    parser.add_argument("--evaluate", metavar="BEST.PT", help="test this run; it takes --data and --device, too")
+    parser.add_argument("--tsne", metavar="BEST.PT", help="draw the test features of this run; likewise")
     given = parser.parse_args(arguments)
     settings = {name: getattr(given, name) for name in KINDS}
     try:

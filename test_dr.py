@@ -281,6 +281,19 @@ def test_a_run_in_bf16_is_near_one_in_fp32(prepared, tmp_path):
     assert {v.dtype for v in weights.values() if v.is_floating_point()} == {torch.float32}
 
 
+@pytest.mark.parametrize("native, encoder", [(True, "resnet18"), (True, "small"), (False, "resnet18"), (None, "vit")])
+def test_on_a_cpu_auto_is_bf16_for_large_encoders_where_it_is_native(native, encoder, monkeypatch):
+    for name in "_is_avx512_bf16_supported", "_is_amx_tile_supported":
+        monkeypatch.setattr(torch.cpu, name, lambda: native, raising=False)
+        if native is None:  # another PyTorch may not tell
+            monkeypatch.delattr(torch.cpu, name)
+    dataset = SimpleNamespace(shapes=TWO, classes=range(4))
+    model = dr.make_model(dr.Config(encoder=encoder, device="cpu"), dataset)
+    assert isinstance(model, dr.InBf16) == (native is True and encoder == "resnet18")
+    assert not isinstance(dr.make_model(dr.Config(encoder=encoder, precision="fp32"), dataset), dr.InBf16)
+    torch.set_num_threads(1)
+
+
 # --- 3  diagnosing --------------------------------------------------------------------------------
 
 
