@@ -796,7 +796,9 @@ def packet_times(path, spec):
             raise BadClip("no picture")
         packets = [(packet.pts or 0, packet.is_discard) for packet in packets_of(stream)]
         times = sorted(time for time, hidden in packets if not hidden)  # by the edit list of an MP4
-        if len(packets) < 0.9 * stream.frames:
+        end = max(packets, default=(0,))[0] - (stream.start_time or 0)
+        frames = max(len(packets), end * stream.time_base * (stream.average_rate or 0) + 1)
+        if frames < 0.9 * stream.frames:  # an AVI counts those that the camera dropped, too
             raise BadClip(f"truncated, {len(times)} of {stream.frames} frames are there")
         if not stream.frames and container.duration:  # Flash tells no number of frames, but how long it lasts
             there = float(max(packets, default=(0,))[0] * stream.time_base)
@@ -946,7 +948,7 @@ def sequence_spec(m, clips):
     widths = [shapes[path][1] for path in train]
     width = max(widths, key=widths.count)
     mean, std = statistics([path for path in train if shapes[path][1] == width], open_features)
-    shape = [max(length for length, _ in shapes.values()), width]
+    shape = [max(length for length, w in shapes.values() if w == width), width]
     return {"kind": "sequence", "shape": shape, "dtype": "float32", "mean": mean.tolist(), "std": std.tolist()}
 
 
@@ -1672,6 +1674,9 @@ def parse(words):
 @contextmanager
 def one_line_for_errors(program):
     """What the user can mend ends the program with one line that says how; so does Ctrl-C."""
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # no name and no ± ends it where output is ASCII
     try:
         yield
     except Exception as error:

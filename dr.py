@@ -111,6 +111,7 @@ def small_resnet(shape, widths=(12, 24, 48, 96)):
 
 
 ENCODERS = {"resnet18": resnet18, "small": small_resnet}  # more in section 7
+FROM_SCRATCH = ("resnet18", "small", "vit")  # with the official code's initial weights
 
 
 def choose_encoder(shape, name="auto"):
@@ -153,7 +154,9 @@ class MultimodalModel(nn.Module):
         self.arguments = (shapes, n_classes, encoder, fusion)  # to make another one of the same kind
         self.encoders = nn.ModuleDict({m: ENCODERS[choose_encoder(s, encoder)](s) for m, s in shapes.items()})
         self.fusion = FUSIONS[fusion]({m: e.width for m, e in self.encoders.items()}, n_classes)
-        self.apply(initialise)
+        for m, shape in shapes.items():
+            if choose_encoder(shape, encoder) in FROM_SCRATCH:  # one's own may be pre-trained
+                self.encoders[m].apply(initialise)
 
     @property
     def device(self):
@@ -331,6 +334,11 @@ def compare(model, inputs, labels):
     )
 
 
+def trained(module):
+    """Its parameters but those that are frozen."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
 def multitask(model, inputs, labels, t):
     """Joint training plus one cross-entropy per modality.
     L + sum over m of L_m: the baseline of MMPareto's official code. The loss returned is L, to compare methods by."""
@@ -357,7 +365,7 @@ def ogm_ge(model, inputs, labels, t, alpha=0.8, until=0.5, noise=True):
     for m, encoder in model.encoders.items():
         ratio = out.s[m] / out.others[m]
         factor = torch.where(ratio > 1, 1 - torch.tanh(alpha * ratio), 1.0)
-        for p in encoder.parameters():
+        for p in trained(encoder):
             if p.dim() > 1:
                 spread = noise * (p.grad.std() + 1e-8)
                 p.grad = factor * p.grad + spread * torch.randn_like(p.grad)
@@ -372,7 +380,7 @@ def mlb(model, inputs, labels, t, alpha=0.5, beta=10.0):
     (out.loss + out.unimodal_loss).backward()
     for m, encoder in model.encoders.items():
         pace = torch.tanh(alpha * (out.others[m] / out.s[m] - 1))
-        for p in encoder.parameters():
+        for p in trained(encoder):
             p.grad *= 1 + pace * torch.where(pace > 0, beta - 1, 1.0)
     return out.loss, out.logits
 
@@ -405,17 +413,17 @@ def mmpareto(model, inputs, labels, t, gamma=1.5):
     else at the point of the segment nearest to 0, w = (h.h - g.h) / |g - h|^2. Each tensor that is shorter than g + h
     is enlarged to that norm; all are multiplied by gamma. The head keeps g + h."""
     out = compare(model, inputs, labels)
-    parameters = list(model.parameters())
+    parameters = trained(model)
     g = dict(zip(parameters, torch.autograd.grad(out.loss, parameters, retain_graph=True)))
     h = dict(zip(parameters, torch.autograd.grad(out.unimodal_loss, parameters)))
     for p in parameters:
         p.grad = g[p] + h[p]
     for encoder in model.encoders.values():
-        all_g = torch.cat([g[p].flatten() for p in encoder.parameters()])
-        all_h = torch.cat([h[p].flatten() for p in encoder.parameters()])
+        all_g = torch.cat([g[p].flatten() for p in trained(encoder)])
+        all_h = torch.cat([h[p].flatten() for p in trained(encoder)])
         nearest = (all_h @ (all_h - all_g)) / (all_g - all_h).square().sum().clamp_min(1e-30)
         w = torch.where(all_g @ all_h > 0, 0.5, nearest)
-        for p in encoder.parameters():
+        for p in trained(encoder):
             new = 2 * w * g[p] + 2 * (1 - w) * h[p]
             longer = p.grad.norm() / new.norm().clamp_min(1e-30)
             p.grad = gamma * longer.clamp_min(1) * new
@@ -450,10 +458,10 @@ def inforeg(model, inputs, labels, t, beta=0.9, threshold=0.04):
     epoch = round(t * len(model.traces))  # (epochs, M), a buffer, and so part of a checkpoint
     if getattr(model, "anchor_epoch", None) != epoch:
         model.anchor_epoch = epoch
-        model.anchor = {p: p.detach().clone() for p in model.encoders.parameters()}
+        model.anchor = {p: p.detach().clone() for p in trained(model.encoders)}
     out = compare(model, inputs, labels)
     (out.loss + out.unimodal_loss).backward()
-    squares = [sum(p.grad.square().sum() for p in encoder.parameters()) for encoder in model.encoders.values()]
+    squares = [sum(p.grad.square().sum() for p in trained(encoder)) for encoder in model.encoders.values()]
     model.traces[epoch] += average(torch.stack(squares))  # section 8: over the processes
     if epoch < 2:
         return out.loss, out.logits
@@ -462,7 +470,7 @@ def inforeg(model, inputs, labels, t, beta=0.9, threshold=0.04):
     for k, (m, encoder) in enumerate(model.encoders.items()):
         delta = out.s[m] - out.others[m]
         pull = torch.where(is_open[k] & (delta > 0), torch.exp(beta * torch.tanh(delta)), 0.0)
-        for p in encoder.parameters():
+        for p in trained(encoder):
             p.grad += pull * (p.detach() - model.anchor[p])
     return out.loss, out.logits
 
@@ -660,6 +668,8 @@ def tokens_of(encoder, x):
     """One token per place of an encoder's maps, or per patch of a sequence -> (B, N, D), and padding (B, N) or None."""
     if hasattr(encoder, "tokens"):
         return encoder.tokens(x)
+    if not hasattr(encoder, "network"):
+        raise data.DataError("--fusion mbt takes encoders with tokens(x), or with a network that gives maps")
     maps = encoder.network(x.flatten(0, -4))  # (B * T, D, h, w)
     return maps.flatten(2).mT.reshape(len(x), -1, encoder.width), None
 
@@ -795,15 +805,15 @@ def shorten(name, most=100):
 
 def is_done(config):
     """Has this very run been finished, on whatever device? Raises DataError if its folder holds another one."""
-    done = (config.folder / "summary.json").exists()
-    if done or (config.folder / "last.pt").exists():
+    summary = config.folder / "summary.json"
+    if summary.exists() or (config.folder / "last.pt").exists():
         with data.explained(f"{config.folder}/config.json is damaged: delete {config.folder}"):
             before = json.loads((config.folder / "config.json").read_text())
         differ = [key for key, value in config.stored().items() if key not in PLACES and value != before.get(key)]
         if differ:
             other = f"{config.folder} holds a run with another {', '.join(differ)}"
             raise data.DataError(f"{other}: finish or delete that, or give a --name")
-    return done
+    return summary.exists() and "probe" in json.loads(summary.read_text())  # the last that is written
 
 
 @contextlib.contextmanager
@@ -879,8 +889,10 @@ def load_dataset(config):
 
 
 def why_undefined(config, modalities):
-    """Why method and fusion are not defined for these modalities, or ""."""
+    """Why method, fusion or noise are not defined for these modalities, or ""."""
     count = modalities.count("+") + 1
+    if config.noise_audio and "audio" not in modalities.split("+"):
+        return f"--noise-audio is noise on audio; there is {modalities}"
     if config.fusion in ("film", "gated") and count != 2:
         return f"--fusion {config.fusion} joins two modalities, not {count}: name two with --modalities"
     if config.method in COMPARING and (count < 2 or not hasattr(FUSIONS[config.fusion], "parts")):
@@ -1011,7 +1023,7 @@ def average_gradients(model):
     """The mean of all processes' gradients, in one message. Each has weighed the modalities on its own share."""
     if not dist.is_initialized():
         return
-    gradients = [p.grad for p in model.parameters()]
+    gradients = [p.grad for p in trained(model)]
     message = average(torch.cat([g.flatten() for g in gradients]))
     for g, mean in zip(gradients, message.split([g.numel() for g in gradients])):
         g.copy_(mean.view_as(g))
@@ -1114,7 +1126,7 @@ SUMMARY = """
 def end_epoch(run, entry):
     """Add an epoch to the history; write log.jsonl, and a line on the screen; after a diagnosis, a table."""
     entry["seconds"] = time.monotonic() - run.epoch_began
-    run.history.append(entry)
+    run.history.append(json.loads(json.dumps(entry, default=float)))  # numbers of NumPy's could not be resumed
     if not is_main():
         return
     (run.config.folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in run.history))
@@ -1187,16 +1199,15 @@ def contributions(model, split):
     Shapley values (Wei et al., CVPR 2024) of v(C) = |C| where the modalities C alone give the right class, the others'
     features being zeros, else 0: what a modality adds to v, as a mean over all orders in which they may come."""
     features, labels = extract_features(model, split)
+    M = len(features)
+    v = {frozenset(): 0.0}
     shapley = dict.fromkeys(features, 0.0)
-    orders = list(itertools.permutations(features))
-    for order in orders:
-        kept = {m: torch.zeros(x.shape, device=model.device) for m, x in features.items()}
-        before = 0.0
-        for size, m in enumerate(order, start=1):
-            kept[m] += torch.tensor(features[m], device=model.device)
-            right = model.fusion(kept).argmax(1).cpu().numpy() == labels
-            shapley[m] += (size * right.mean() - before) / len(orders)
-            before = size * right.mean()
+    for size in range(1, M + 1):
+        for C in map(frozenset, itertools.combinations(features, size)):
+            kept = {m: torch.tensor(x * (m in C), device=model.device) for m, x in features.items()}
+            v[C] = size * float((model.fusion(kept).argmax(1).cpu().numpy() == labels).mean())
+            for m in C:  # in one of M * comb(M - 1, size - 1) orders, m comes after the others of C
+                shapley[m] += (v[C] - v[C - {m}]) / (M * math.comb(M - 1, size - 1))
     return shapley
 
 
@@ -1312,7 +1323,7 @@ def end_with(parent):
 
 
 def run_all(configs, jobs=None):
-    """Train what is not done yet, a process per GPU or core, or `jobs` of them; then DataError says what failed."""
+    """Train what is not done yet, a process per GPU or core, or `jobs` of them -> what failed, or ""."""
     gpus = torch.cuda.device_count() if configs[0].device in ("auto", "cuda") else 0
     cores = data.cpu_count()
     jobs = jobs or gpus or (1 if torch.accelerator.is_available() and configs[0].device != "cpu" else cores)
@@ -1330,9 +1341,9 @@ def run_all(configs, jobs=None):
         failures = ["the system killed a run, for want of memory as a rule; try a smaller --jobs"]
     finally:  # after Ctrl-C, too, nothing trains on
         joblib.externals.loky.get_reusable_executor().shutdown(kill_workers=True)
-    if failures:
-        count = f"{len(failures)} of {len(configs)} runs failed; the same command tries them again"
-        raise data.DataError("\n  ".join([count, *failures]))
+    if not failures:
+        return ""
+    return "\n  ".join([f"{len(failures)} of {len(configs)} runs failed; the same command tries them again", *failures])
 
 
 def sweep(words, base, jobs=None, name=""):
@@ -1345,7 +1356,10 @@ def sweep(words, base, jobs=None, name=""):
     configs = [c for c in configs if not why_undefined(c, c.modalities or "+".join(shapes[c.dataset]))]
     if not configs:
         raise data.DataError("no method of this sweep is defined for its modalities and its fusion")
-    run_all(configs, jobs)
+    failed = run_all(configs, jobs)
+    configs = [c for c in configs if is_done(c)]
+    if not configs:
+        raise data.DataError(failed)
     rows = []
     for c in configs:
         rows.append(asdict(c) | {"modalities": c.modalities or "all"})
@@ -1364,6 +1378,8 @@ def sweep(words, base, jobs=None, name=""):
     runs[[*names, "seed", *found]].to_csv(f"{stem}.csv", index=False)
     print(f"\n{table.to_string(line_width=80)}\n\n{note}\n{stem}.md, .csv and .png")
     attempt(draw_sweep, runs, f"{stem}.png", command)
+    if failed:
+        raise data.DataError(failed)
     return runs
 
 
@@ -1451,8 +1467,12 @@ def parse(arguments=None):
     parser.add_argument("--tsne", metavar="BEST.PT", help="draw the test features of this run; likewise")
     given = parser.parse_args(arguments)
     settings = {name: getattr(given, name) for name in KINDS}
+    usual = vars(parser.parse_args([]))
+    ignored = [name for name in KINDS if settings[name] != usual[name] and name not in ("data", "device")]
     try:
         expand(given.sweep, settings)
+        if (given.evaluate or given.tsne) and ignored:
+            raise ValueError(f"--evaluate and --tsne take a run as it was set, and so no {', '.join(ignored)}")
         if given.sweep and "RANK" in os.environ:
             raise ValueError("--sweep starts processes of its own, one per GPU: run it without torchrun")
     except (ValueError, data.DataError) as error:
@@ -1461,9 +1481,6 @@ def parse(arguments=None):
 
 
 def main():
-    for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # no name and no ± ends a run where output is ASCII
     settings, given = parse()
     with data.one_line_for_errors("dr.py"):
         if given.evaluate:

@@ -235,6 +235,36 @@ def test_resnet18_starts_as_the_official_code_does():
     assert scale.bias.eq(0).all()
 
 
+def test_ones_own_encoder_keeps_its_weights(monkeypatch):
+    def pretrained(shape):
+        network = torch.nn.Sequential(torch.nn.Conv2d(shape[-3], 8, 3), torch.nn.BatchNorm2d(8))
+        torch.nn.init.constant_(network[0].weight, 0.5)
+        return dr.PictureEncoder(network, 8)
+
+    monkeypatch.setitem(dr.ENCODERS, "mine", pretrained)
+    model = dr.MultimodalModel(TWO, 4, "mine")
+    for encoder in model.encoders.values():
+        assert encoder.network[0].weight.eq(0.5).all() and encoder.network[1].weight.eq(1).all()
+    with pytest.raises(data.DataError, match="--fusion mbt takes encoders with tokens"):
+        dr.BottleneckModel(TWO, 4, "tiny")(draw_batch(TWO)[0])
+
+
+@pytest.mark.parametrize("method", COMPARES)
+def test_frozen_weights_stay_as_they_are(method):
+    torch.manual_seed(0)
+    model = dr.MultimodalModel(TWO, 4, "small")
+    model.register_buffer("traces", torch.zeros(8, 2))
+    for encoder in model.encoders.values():
+        encoder.network[0].weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+    for t in (0.0, 0.125, 0.25):
+        dr.step(model, optimiser, *draw_batch(TWO), dr.METHODS[method], t)
+    for m, encoder in model.encoders.items():
+        assert torch.equal(encoder.network[0].weight, before[f"encoders.{m}.network.0.weight"])
+        assert not torch.equal(encoder.network[3].conv1.weight, before[f"encoders.{m}.network.3.conv1.weight"])
+
+
 @pytest.mark.parametrize("shapes", [TWO, THREE])
 @pytest.mark.parametrize("fusion", ["concat", "sum"])
 def test_parts_sum_to_the_logits(fusion, shapes):
@@ -1342,6 +1372,43 @@ def test_ctrl_c_and_the_same_command_again(stopped):
     assert dr_main(*words).stdout.count("epoch   0") == 1  # what is finished is done anew when asked for
 
 
+def test_a_relearning_of_ones_own_that_gives_numpys_numbers_is_resumed(prepared, tmp_path, monkeypatch):
+    def mine(model, initial, gaps, lam):
+        return {m: np.float32(0.5) for m in gaps}
+
+    def once(*words):
+        monkeypatch.setattr(dr, "end_epoch", end_epoch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(dr.RELEARNING, "mine", mine)
+    monkeypatch.setattr(dr, "CHECKPOINT_SECONDS", 0)
+    end_epoch = dr.end_epoch
+    monkeypatch.setattr(dr, "end_epoch", lambda run, entry: (once if entry["epoch"] == 3 else end_epoch)(run, entry))
+    words = [*sweep_words(prepared, tmp_path, epochs=4)[:-2], "--name", "run", "--method", "mine"]
+    assert dr_main(*words).returncode == 130
+    done = dr_main(*words)
+    dr.METHODS.pop("mine")
+    assert done.returncode == 0 and "resumes with epoch 3" in done.stdout, done.stderr
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [log[k]["diagnosis"]["audio"]["strength"] for k in (1, 2, 3)] == [0.5, 0.5, 0.5]
+
+
+def test_a_run_that_is_stopped_in_its_probe_is_not_done(prepared, tmp_path, monkeypatch):
+    c = config(prepared, tmp_path, epochs=1)
+
+    def stop(*words):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dr, "probe", stop)
+        dr.train(c)
+    assert (c.folder / "summary.json").exists() and not dr.is_done(c)
+    with pytest.raises(data.DataError, match="another lr"):
+        dr.is_done(dr.replace(c, lr=0.5))
+    dr.train(c)
+    assert dr.is_done(c)
+
+
 def test_a_run_is_of_one_version_of_the_data(stopped, small_demo, tmp_path):
     words, last = stopped
     assert_one_line(dr_main(*words, "--data", small_demo), "run holds a run with another manifest: finish or delete that, or give a --name")
@@ -1597,6 +1664,12 @@ def test_a_checkpoint_is_evaluated(run, prepared):
     assert f"{summary['accuracy']:.1f} %" in done.stdout and f"{summary['macro F1']:.1f} %" in done.stdout
 
 
+def test_what_would_change_a_checkpoint_is_refused(run, prepared):
+    for flag in ("--evaluate", "--tsne"):
+        done = dr_main(flag, run[0] / "best.pt", "--data", prepared, "--noise-audio", 5, "--modalities", "audio")
+        assert_one_line(done, "take a run as it was set, and so no modalities, noise_audio")
+
+
 def spoilt_checkpoints(whole):
     """Files that are no checkpoint, or no longer -> {name: content}; whole is that of a good one."""
     files = {"empty": b"", "text": b"no checkpoint\n", "pickle": pickle.dumps({"config": print})}
@@ -1689,6 +1762,17 @@ def test_contributions_are_shapley_values(shapes, monkeypatch):
             expected[m] = phi.mean() / 6
     assert found == pytest.approx(expected)
     assert sum(found.values()) == pytest.approx(v(*shapes).mean())
+
+
+def test_ten_modalities_have_contributions_in_no_time(monkeypatch):
+    shapes = {f"m{k}": (3, 2) for k in range(10)}  # 10! orders
+    model = dr.MultimodalModel(shapes, 4, "tiny").eval()
+    inputs, labels = draw_batch(shapes, 30)
+    features = {m: x.detach().numpy() for m, x in model.features(inputs).items()}
+    monkeypatch.setattr(dr, "extract_features", lambda *words: (features, labels.numpy()))
+    monkeypatch.setattr(dr, "choose_encoder", lambda shape, name: "tiny")
+    right = (model(inputs).argmax(1) == labels).double().mean().item()
+    assert sum(dr.contributions(model, None).values()) == pytest.approx(10 * right)
 
 
 def test_tracked_purity_is_that_of_the_test_features(run, prepared, tmp_path):
@@ -1812,7 +1896,20 @@ def test_a_run_that_fails_leaves_the_others_alone_and_is_named(sequences, tmp_pa
     done = dr_main(*words)
     assert done.returncode == 2 and "1 of 2 runs failed; the same command tries them again" in done.stderr
     assert "mine-dr-smell-" in done.stderr and "no modality smell; it has text, audio, vision" in done.stderr
-    assert len(list(tmp_path.glob("*text*/summary.json"))) == 1 and not list(tmp_path.glob("sweep*"))
+    assert len(list(tmp_path.glob("*text*/summary.json"))) == 1
+    (report,) = tmp_path.glob("sweep*.csv")  # of what is done
+    assert [line["modalities"] for line in read_csv(report)] == ["text"]
+    words = sweep_words(sequences, tmp_path, "--dataset", "mine", "--sweep", "modalities=smell", epochs=1)
+    done = dr_main(*words)
+    assert done.returncode == 2 and "1 of 1 runs failed" in done.stderr
+
+
+def test_noise_is_left_out_where_there_is_nothing_to_put_it_on(sequences, tmp_path):
+    words = sweep_words(sequences, tmp_path, "--dataset", "mine", "--noise-audio", 1, "--name", "t", epochs=1)
+    done = dr_main(*words, "--sweep", "modalities=text,text+audio")
+    assert done.returncode == 0, done.stderr
+    assert [line["modalities"] for line in read_csv(tmp_path / "t.csv")] == ["text+audio"]
+    assert_one_line(dr_main(*words, "--modalities", "text"), "--noise-audio is noise on audio; there is text")
 
 
 def test_a_sweep_leaves_out_what_is_undefined_and_compares_with_one_method(sequences, tmp_path):
@@ -2962,6 +3059,24 @@ def test_what_is_no_mosi_gets_one_clear_line(content, tmp_path):
     assert "is not CMU-MOSI" in done.stderr and "a web page or a git-lfs stub" in done.stderr
 
 
+def test_a_features_file_that_is_skipped_sets_nobodys_length(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = []
+    for k in range(40):
+        np.save(tmp_path / f"{k}.npy", rng.normal(size=(400, 5) if k == 11 else (5, 40)))
+        rows.append([f"{k}.npy", "ab"[k % 2]])
+    folder = data.prepare("t", write_csv(tmp_path / "t.csv", ["x", "label"], rows), tmp_path / "out", workers=1)
+    manifest = manifest_of(folder)
+    assert manifest["modalities"]["x"]["shape"] == [5, 40] and [i for _, i, _ in manifest["skipped"]] == ["line 13"]
+
+
+def test_any_name_is_printed_whatever_the_output_can_show():
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with contextlib.redirect_stdout(output), data.one_line_for_errors("data.py"):
+        print("Жизнь ± 1", flush=True)
+    assert output.buffer.getvalue().decode("unicode-escape") == "Жизнь ± 1\n"
+
+
 @needs_real
 def test_real_mosi_end_to_end(tmp_path):
     assert data_called("mosi", "--raw", REAL / "mosi" / "mosi.pkl", "--out", tmp_path).returncode == 0
@@ -3046,6 +3161,27 @@ SOUNDS = {
     "a.wav": {"codec": "pcm_s16le"}, "a.mp3": {"codec": "libmp3lame"}, "a.flac": {"codec": "flac"},
     "fast.m4a": {"codec": "aac", "movflags": "faststart"}, "late.mp3": {"codec": "libmp3lame", "quiet": 5},
 }  # fmt: skip
+
+
+
+@pytest.mark.parametrize("every", [2, 8])
+def test_an_avi_of_which_the_camera_dropped_frames_is_whole(every, tmp_path):
+    whole = tmp_path / "whole.avi"
+    with av.open(str(whole), "w") as movie:
+        video = movie.add_stream("mjpeg", 12, width=64, height=48, pix_fmt="yuvj420p")
+        shown = [i for i in range(60) if (i % 2 == 0 if every == 2 else i % 8)]
+        for i in shown:
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 4 * i, np.uint8), "rgb24")
+            frame.pts = i
+            movie.mux(video.encode(frame))
+        movie.mux(video.encode())
+    spec = data.frames_spec(3, 16)
+    seen = data.read_frames(whole, spec)[:, 8, 8, 0]
+    np.testing.assert_allclose(seen, [4 * shown[i] for i in data.middles(len(shown), 3)], atol=6)
+    torn = tmp_path / "torn.avi"
+    torn.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(data.BadClip, match="truncated"):
+        data.read_frames(torn, spec)
 
 
 @pytest.mark.parametrize("name", SOUNDS)
