@@ -102,7 +102,7 @@ def small_resnet(shape, widths=(12, 24, 48, 96)):
     layers = [stem, nn.BatchNorm2d(widths[0]), nn.ReLU()]
     for before, after in zip(widths, widths[1:]):
         shortcut = nn.Sequential(
-            nn.MaxPool2d(kernel_size=1, stride=2),  # every second pixel; a convolution's own stride crashes some CPUs
+            nn.MaxPool2d(kernel_size=1, stride=2),  # the stride; as the convolution's own it crashes some CPUs
             nn.Conv2d(before, after, kernel_size=1, bias=False),
             nn.BatchNorm2d(after),
         )
@@ -748,7 +748,7 @@ class Config:
     n_init: Annotated[int, "restarts of k-means"] = 10
     track_purity: Annotated[bool, "after each epoch, the purity of the test features"] = False
     seed: Annotated[int, "of initial weights, order of batches, augmentation"] = 0
-    precision: Annotated[str, "bf16 (autocast) or fp32; auto: bf16 where that is fast"] = "auto"
+    precision: Annotated[str, "bf16 (autocast) or fp32; auto: bf16 on CUDA"] = "auto"
     device: Annotated[str, "cpu, cuda, cuda:1 or mps; auto: the best there is"] = "auto"
     data: Annotated[str, "folder of the prepared datasets"] = "prepared"
     out: Annotated[str, "folder of the runs"] = "runs"
@@ -912,24 +912,16 @@ class InBf16:
             return super().mean_tokens(inputs)
 
 
-def is_bf16_fast(device, large):
-    """Whether the hardware computes in bf16. On a CPU that halves a step of ResNet-18; small encoders stay in fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device.type == "cpu" and large and any(getattr(torch.cpu, name, bool)() for name in instructions)
-
-
 def make_model(config, dataset, device="cpu"):
     """The model of a config, on its device. On several processes batch-norm takes its statistics over each one's share
     of a batch, as is usual; SyncBatchNorm would wait for the others 120 times per step."""
     device = torch.device(device)
     names = {choose_encoder(shape, config.encoder) for shape in dataset.shapes.values()}
-    large = bool(names & {"resnet18", "vit"})
     # small encoders gain nothing from more threads, which wait for each other, and change the last digits
-    torch.set_num_threads(ALL_THREADS if large else 1)
+    torch.set_num_threads(ALL_THREADS if names & {"resnet18", "vit"} else 1)
     kind = BottleneckModel if config.fusion == "mbt" else MultimodalModel
-    if config.precision == "bf16" or (config.precision == "auto" and is_bf16_fast(device, large)):
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.precision == "bf16" or (config.precision == "auto" and fast):
         kind = type("ModelInBf16", (InBf16, kind), {})
     model = kind(dataset.shapes, len(dataset.classes), config.encoder, config.fusion)
     if config.method == "inforeg":

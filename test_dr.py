@@ -311,19 +311,6 @@ def test_a_run_in_bf16_is_near_one_in_fp32(prepared, tmp_path):
     assert {v.dtype for v in weights.values() if v.is_floating_point()} == {torch.float32}
 
 
-@pytest.mark.parametrize("native, encoder", [(True, "resnet18"), (True, "small"), (False, "resnet18"), (None, "vit")])
-def test_on_a_cpu_auto_is_bf16_for_large_encoders_where_it_is_native(native, encoder, monkeypatch):
-    for name in "_is_avx512_bf16_supported", "_is_amx_tile_supported":
-        monkeypatch.setattr(torch.cpu, name, lambda: native, raising=False)
-        if native is None:  # another PyTorch may not tell
-            monkeypatch.delattr(torch.cpu, name)
-    dataset = SimpleNamespace(shapes=TWO, classes=range(4))
-    model = dr.make_model(dr.Config(encoder=encoder, device="cpu"), dataset)
-    assert isinstance(model, dr.InBf16) == (native is True and encoder == "resnet18")
-    assert not isinstance(dr.make_model(dr.Config(encoder=encoder, precision="fp32"), dataset), dr.InBf16)
-    torch.set_num_threads(1)
-
-
 # --- 3  diagnosing --------------------------------------------------------------------------------
 
 
@@ -4521,6 +4508,7 @@ def test_auto_is_bf16_where_it_is_not_emulated(native, monkeypatch):
 # --- bench: python -m pytest -m bench -s ----------------------------------------------------------
 
 CREMAD = {"audio": data.fbank_spec(128, 3.0), "visual": data.frames_spec(2, 224)}
+RIVALS_TIMED = ("multitask", "ogm", "ogm-ge", "opm", "mmpareto", "dgl", "mlb")
 KMEANS = {"CREMA-D": (6, 5954, 744), "Kinetics-Sounds": (31, 14799, 1644), "UCF-101": (101, 8586, 951)}
 
 
@@ -4640,13 +4628,19 @@ def test_bench(tmp_path, monkeypatch):
     steps = {"joint": partial(dr.step, model, optimiser, inputs, labels)}
     steps["arrays"] = lambda: dr.step(model, optimiser, *next(stream))
     steps["plain"] = partial(plain_step, plain, plain_optimiser, contiguous, labels)
-    for name in ("multitask", "ogm", "ogm-ge", "opm", "mmpareto", "dgl", "mlb"):
+    if not cuda:  # where it is not the default
+        in_bf16 = dr.make_model(dr.replace(c, precision="bf16"), dataset)
+        bf16_optimiser = torch.optim.SGD(in_bf16.parameters(), c.lr, c.momentum)
+        steps["bf16"] = partial(dr.step, in_bf16, bf16_optimiser, inputs, labels)
+    for name in RIVALS_TIMED:
         steps[name] = partial(dr.step, model, optimiser, inputs, labels, dr.METHODS[name], 0.25)
     found = measure(device, steps, 20 if cuda else 2)
     show("step, a batch in memory", found["joint"])
     show("step, batches from the arrays", found["arrays"], f"{found['arrays'] / found['joint']:.2f} of it")
     show("step, plain loop in fp32", found["plain"], f"ours takes {found['joint'] / found['plain']:.2f} of it")
-    for name in list(steps)[3:]:
+    if not cuda:
+        show("step, --precision bf16", found["bf16"], f"{found['bf16'] / found['plain']:.2f} of the plain loop's")
+    for name in RIVALS_TIMED:
         show(f"step, {name}", found[name], f"{found[name] / found['joint']:.2f} of joint's")
 
     (tmp_path / "raw").mkdir()
@@ -4655,9 +4649,14 @@ def test_bench(tmp_path, monkeypatch):
     run = SimpleNamespace(config=c, dataset=dataset, model=model, optimiser=optimiser)
     epochs = {"ours": partial(dr.train_epoch, run, 0)}
     epochs["plain"] = partial(plain_epoch, plain, plain_optimiser, loader, device)
+    if not cuda:
+        bf16_run = SimpleNamespace(config=c, dataset=dataset, model=in_bf16, optimiser=bf16_optimiser)
+        epochs["bf16"] = partial(dr.train_epoch, bf16_run, 0)
     found = measure(device, epochs, 2 if cuda else 1)
     show(f"epoch, {counts[0]:,} clips", found["ours"], f"{counts[0] / found['ours']:,.0f} clips per second")
     show("epoch, plain loop, wav and JPEG", found["plain"], f"ours takes {found['ours'] / found['plain']:.2f} of it")
+    if not cuda:
+        show("epoch, --precision bf16", found["bf16"], f"{found['bf16'] / found['plain']:.2f} of the plain loop's")
 
     for name in ("train", "val"):
         split = getattr(dataset, name)
