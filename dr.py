@@ -367,8 +367,10 @@ def ogm_ge(model, inputs, labels, t, alpha=0.8, until=0.5, noise=True):
         factor = torch.where(ratio > 1, 1 - torch.tanh(alpha * ratio), 1.0)
         for p in trained(encoder):
             if p.dim() > 1:
-                spread = noise * (p.grad.std() + 1e-8)
-                p.grad = factor * p.grad + spread * torch.randn_like(p.grad)
+                slowed = factor * p.grad
+                if noise:
+                    slowed += (p.grad.std() + 1e-8) * torch.randn_like(p.grad)
+                p.grad = slowed
     return out.loss, out.logits
 
 
