@@ -1200,7 +1200,7 @@ def contributions(model, split):
         for C in map(frozenset, itertools.combinations(features, size)):
             kept = {m: torch.tensor(x * (m in C), device=model.device) for m, x in features.items()}
             v[C] = size * float((model.fusion(kept).argmax(1).cpu().numpy() == labels).mean())
-            for m in C:  # in one of M * comb(M - 1, size - 1) orders, m comes after the others of C
+            for m in C:  # of M * comb(M - 1, size - 1) orders, one has m right behind the others of C
                 shapley[m] += (v[C] - v[C - {m}]) / (M * math.comb(M - 1, size - 1))
     return shapley
 
