@@ -2706,6 +2706,14 @@ SOURCES = {"emg_imu_lis": lay_out_emg, "utd_mhad": lay_out_utd, "sp_sw_har": lay
            "ravdess_au_mfcc": lay_out_ravdess, "grid_digit": lay_out_grid}  # fmt: skip
 
 
+def recipe_of(name):
+    """The README's block that writes this CSV."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    block = next(block for block in blocks if f'"{name}.csv"' in block)
+    assert len(block.splitlines()) <= 15
+    return block
+
+
 @needs_real
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLIC)
@@ -2719,10 +2727,7 @@ def test_a_public_dataset_from_its_source_to_an_epoch(name, tmp_path, monkeypatc
     column, values = SOME_OF.get(name, (None, [None]))
     theirs = [row for row in read_csv(folder / f"{name}.csv") if row.get(column) in values]
     SOURCES[name](folder / "files", theirs)
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    block = next(b for b in blocks if f'"{name}.csv"' in b)
-    assert len(block.splitlines()) <= 15
-    exec(block, {})
+    exec(recipe_of(name), {})
     rows = read_csv(f"{name}.csv")
     if name == "grid_digit":  # another draw: 60, 10 and 30 of every digit
         of_each = Counter(row["split"] + row["label"] for row in rows)
@@ -2752,6 +2757,44 @@ def test_a_public_dataset_from_its_source_to_an_epoch(name, tmp_path, monkeypatc
     assert done.returncode == 0, done.stderr
     entry = json.loads(Path(f"runs/{name}-dr-epochs=1-0/log.jsonl").read_text())
     assert np.isfinite(entry["loss"]) and entry["loss"] < 1.5 * np.log(len(dataset.classes))
+
+
+@needs_real
+def test_mosi_from_its_sources_pickles_to_an_epoch(tmp_path, monkeypatch):
+    """The source has a film's segments in one row, padded to 63, in an order of films that nothing depends on."""
+    monkeypatch.chdir(tmp_path)
+    Path("files").mkdir()
+    theirs = pickle.loads((REAL / "mosi/mosi.pkl").read_bytes())
+    films = {"train": {}, "test": {}}
+    known = {}  # {a segment's features of sound: (label, film)}
+    for split, part in theirs.items():
+        for k, name in enumerate(part["id"]):
+            film = name.split("$_$")[0]
+            films["test" if split == "test" else "train"].setdefault(film, []).append((split, k))
+            known[part["audio"][k].tobytes()] = (part["classification_labels"][k], film)
+    for m, key in ("text", "text"), ("audio", "audio"), ("video", "vision"):
+        packed = []
+        for segments in films.values():
+            shuffled = random.Random(1).sample(sorted(segments.values()), len(segments))
+            x = np.zeros((len(segments), 63, theirs["train"][key].shape[-1]))
+            y = np.zeros((len(segments), 63))
+            for i, film in enumerate(shuffled):
+                x[i, : len(film)] = [theirs[split][key][k][0] for split, k in film]
+                y[i, : len(film)] = [theirs[split]["classification_labels"][k] for split, k in film]
+            packed.append((x, y, [len(film) for film in shuffled]))
+        (x, y, n), (x_test, y_test, n_test) = packed
+        Path(f"{m}_2way.pickle").write_bytes(pickle.dumps((x, y, x_test, y_test, 63, n, n_test), protocol=2))
+    exec(recipe_of("mosi_2way"), {})
+    splits = {}
+    for row in read_csv("mosi_2way.csv"):
+        label, film = known.pop(np.load(row["audio"]).tobytes())
+        assert int(row["label"]) == label
+        splits.setdefault(row["split"], set()).add(film)
+    assert not known and {split: len(found) for split, found in splits.items()} == {"train": 62, "val": 11, "test": 20}
+    assert not splits["val"] & splits["test"] and splits["val"] | splits["test"] == set(films["test"])
+    assert data_called("mosi_2way.csv").returncode == 0
+    assert data.load("mosi_2way").shapes == {"text": (1, 100), "audio": (1, 73), "video": (1, 100)}
+    assert dr_main("--dataset", "mosi_2way", "--epochs", 1, "--device", "cpu").returncode == 0
 
 
 def test_bad_files_of_your_own_data_are_skipped_and_listed(clips, tmp_path):
