@@ -1358,7 +1358,7 @@ def sweep(words, base, jobs=None, name=""):
     for c in configs:
         rows.append(asdict(c) | {"modalities": c.modalities or "all"})
         rows[-1] |= json.loads((c.folder / "summary.json").read_text())
-    runs = pd.json_normalize(rows + ensembles(configs), sep=" ")
+    runs = pd.json_normalize(rows + ensembles(configs), sep=" ").rename(columns={"best_val val": "accuracy on val"})
     names = [name for name in names if name != "seed"] or ["method"]
     runs.insert(0, "setting", runs[names].astype(str).agg(", ".join, axis=1))
     found = sorted(runs.filter(regex="^(accuracy|macro|probe|contribution|strength|seconds per)"))

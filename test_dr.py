@@ -1835,15 +1835,18 @@ def read_csv(path):
 def test_a_sweep_reports_means_deviations_and_paired_intervals(swept):
     out, told = swept
     found = {}
+    on_val = {}  # what a setting is to be chosen by
     for method in ("joint", "dr"):
         summaries = [json.loads((f / "summary.json").read_text()) for f in sorted(out.glob(f"demo-{method}-*"))]
         assert len(summaries) == 2
         found[method] = np.array([s["accuracy"] for s in summaries])
+        on_val[method] = np.mean([s["best_val"]["val"] for s in summaries])
     rows = read_table(out / "grid.md")
     assert list(rows) == ["joint", "dr"]
     assert {"accuracy", "vs joint", "macro F1", "probe audio", "strength visual"} <= set(rows["dr"])
     for method, values in found.items():
         assert rows[method]["accuracy"] == f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+        assert rows[method]["accuracy on val"].startswith(f"{on_val[method]:.1f} ± ")
     interval = scipy.stats.ttest_rel(found["dr"], found["joint"]).confidence_interval(0.95)
     mean, half = (float(v) for v in rows["dr"]["vs joint"].split(" ± "))
     assert rows["joint"]["vs joint"] == "" and (mean - half, mean + half) == pytest.approx(interval, abs=0.11)
