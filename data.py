@@ -529,10 +529,11 @@ def file_type(path):
 
 
 def own_data(table, *, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=10.0):
-    """Your own clips from a CSV. It has a column `label`, and may have `split` (train, val or test; else 80 / 10 / 10
-    per cent are drawn, every label in its share), `group` (clips of a group stay together) and `id`. Every other column
-    is a modality and holds files, relative to the CSV: a video (whose sound counts in a column `audio`, whose motion
-    in `flow`), a picture, a sound, or a .npy of (T, D) or (D,) numbers."""
+    """Your own clips from a CSV. It has a column `label`, and may have `split` (train, val, test; a missing test set is
+    the val set, a missing val set a tenth of train; without the column 80 / 10 / 10 per cent are drawn, every label in
+    its share), `group` (clips of a group are drawn together) and `id`. Every other column is a modality and holds
+    files, relative to the CSV: a video (whose sound counts in a column `audio`, whose motion in `flow`), a picture, a
+    sound, or a .npy of (T, D) or (D,) numbers."""
     rows, modalities = read_table(table)
     classes = sorted(set(rows["label"]))
     if len(classes) < 2:
@@ -547,10 +548,13 @@ def own_data(table, *, frames=2, keep=1, size=224, seconds=3.0, bins=128, shift=
     draw = complete_splits if "split" in rows else draw_splits
     draw(clips)
     places = {(os.path.realpath(path), clip.split) for clip in clips for path in clip.files.values()}
-    count = Counter(path for path, _ in places)
-    if shared := sorted(path for path in count if count[path] > 1):  # what was trained on is no test
+    if "group" in rows:
+        places |= {(f"the group {clip.group}", clip.split) for clip in clips}
+    count = Counter(what for what, _ in places)
+    if shared := sorted(what for what in count if count[what] > 1):  # what was trained on is no test
         where = " and ".join(split for split in SPLITS if (shared[0], split) in places)
-        print(f"warning: {len(shared):,} files are in several splits, as {shared[0]} in {where}", file=sys.stderr)
+        what = "files or groups" if "group" in rows else "files"
+        print(f"warning: {len(shared):,} {what} are in several splits, as {shared[0]} in {where}", file=sys.stderr)
     return clips, classes
 
 
@@ -692,7 +696,7 @@ def how_to_get(folder):
     name = folder.name
     out = "" if folder.parent == Path("prepared") else f" --out {folder.parent}"
     if name not in SOURCES:
-        return f"Make it:  python data.py {name if name == 'demo' else name + '.csv'}{out}"
+        return f"Make it:  python data.py {name if name == 'demo' else name.removesuffix('.csv') + '.csv'}{out}"
     raw, source = SOURCES[name]
     return (f"\n  1. Get {raw}, {source}\n  2. python data.py {name} --raw {raw}{out}\n"
             "Or see the method at work now:  python dr.py --dataset demo")  # fmt: skip
@@ -775,7 +779,7 @@ def pick_frames(path, spec, pairs=False):
             with open_media(path) as container:
                 length = sum(1 for _ in islice(decode(film_in(container)), length))
         if length <= pairs or 2 * length < len(times):
-            raise BadClip(f"broken, {length} of {len(times)} frames can be decoded")
+            raise BadClip(f"broken, or too short, {length} of {len(times)} frames can be decoded")
         wanted = middles(length, spec["count"] * spec["keep"])
         if pairs:
             wanted = [min(i, length - 2) + step for i in wanted for step in (0, 1)]
@@ -1684,9 +1688,9 @@ def one_line_for_errors(program):
         if is_out_of_memory(error):
             says = f"out of memory: a smaller --batch-size takes less, and fewer --workers ({error})"
             says = textwrap.shorten(says, 200)
-        elif isinstance(error, OSError):
+        elif isinstance(error, OSError) and error.errno != errno.ENOENT:
             says += "; when that is mended, the same command resumes"
-        elif not isinstance(error, (DataError, FloatingPointError)):
+        elif not isinstance(error, (DataError, FloatingPointError, OSError)):
             raise
         print(f"{program}: {says}", file=sys.stderr)
         sys.exit(2)

@@ -201,7 +201,8 @@ def purity_gap(train_features, train_labels, val_features, val_labels, n_cluster
 
 @torch.no_grad()
 def extract_features(model, split, batch_size=128):
-    """Features of a split, in eval mode, without augmentation -> ({modality: (N, D)}, labels (N,)), as arrays."""
+    """Features of a split, without augmentation -> ({modality: (N, D)}, labels (N,)), as arrays. The model is in eval
+    mode afterwards."""
     model.eval()
     parts = {m: [] for m in model.encoders}
     labels = []
@@ -233,6 +234,8 @@ def soft_reinit(module, init_state, strength):
     if not 0 <= strength <= 1:
         raise ValueError(f"a re-learning strength lies in [0, 1], not {strength}")
     for name, parameter in module.named_parameters():
+        if parameter.numel() and parameter.data_ptr() == init_state[name].data_ptr():
+            raise ValueError(f"init_state holds the very weights that are trained, as {name}: deepcopy the state_dict")
         parameter.lerp_(init_state[name].to(parameter), strength)
 
 
@@ -250,7 +253,7 @@ def relearn(model, initial, gaps, lam):
     return strengths
 
 
-RELEARNING = {"dr": relearn}  # {--method: what follows a diagnosis}; other methods are diagnosed, nothing goes back
+RELEARNING = {"dr": relearn}  # {--method: what follows a diagnosis -> strengths}; of other methods nothing goes back
 
 
 # ---- 5  Training: a method leaves a gradient in every parameter, the optimiser makes the step ---------------------
@@ -335,8 +338,8 @@ def compare(model, inputs, labels):
 
 
 def trained(module):
-    """Its parameters but those that are frozen."""
-    return [p for p in module.parameters() if p.requires_grad]
+    """Its parameters that have a gradient: none that is frozen, or takes no part."""
+    return [p for p in module.parameters() if p.grad is not None]
 
 
 def multitask(model, inputs, labels, t):
@@ -415,9 +418,10 @@ def mmpareto(model, inputs, labels, t, gamma=1.5):
     else at the point of the segment nearest to 0, w = (h.h - g.h) / |g - h|^2. Each tensor that is shorter than g + h
     is enlarged to that norm; all are multiplied by gamma. The head keeps g + h."""
     out = compare(model, inputs, labels)
-    parameters = trained(model)
-    g = dict(zip(parameters, torch.autograd.grad(out.loss, parameters, retain_graph=True)))
-    h = dict(zip(parameters, torch.autograd.grad(out.unimodal_loss, parameters)))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = partial(torch.autograd.grad, inputs=parameters, materialize_grads=True)  # 0 of what takes no part
+    g = dict(zip(parameters, gradients(out.loss, retain_graph=True)))
+    h = dict(zip(parameters, gradients(out.unimodal_loss)))
     for p in parameters:
         p.grad = g[p] + h[p]
     for encoder in model.encoders.values():
@@ -460,7 +464,7 @@ def inforeg(model, inputs, labels, t, beta=0.9, threshold=0.04):
     epoch = round(t * len(model.traces))  # (epochs, M), a buffer, and so part of a checkpoint
     if getattr(model, "anchor_epoch", None) != epoch:
         model.anchor_epoch = epoch
-        model.anchor = {p: p.detach().clone() for p in trained(model.encoders)}
+        model.anchor = {p: p.detach().clone() for p in model.encoders.parameters()}
     out = compare(model, inputs, labels)
     (out.loss + out.unimodal_loss).backward()
     squares = [sum(p.grad.square().sum() for p in trained(encoder)) for encoder in model.encoders.values()]
@@ -919,6 +923,9 @@ def make_model(config, dataset, device="cpu"):
     of a batch, as is usual; SyncBatchNorm would wait for the others 120 times per step."""
     device = torch.device(device)
     names = {choose_encoder(shape, config.encoder) for shape in dataset.shapes.values()}
+    if config.encoder not in ("auto", *names):
+        raise data.DataError(f"--encoder {config.encoder} is for pictures and spectrograms; here are sequences alone, "
+                             "which dr.ENCODERS['transformer'] takes")  # fmt: skip
     # small encoders gain nothing from more threads, which wait for each other, and change the last digits
     torch.set_num_threads(ALL_THREADS if names & {"resnet18", "vit"} else 1)
     kind = BottleneckModel if config.fusion == "mbt" else MultimodalModel
@@ -1075,7 +1082,7 @@ def resume(run):
 def load_run(path, **changes):
     """A run's best.pt -> its model, dataset and config; `changes` replace what has moved, such as data, device."""
     content = read_checkpoint(path)
-    with data.explained(f"{path} is no checkpoint of this dr.py, or it is damaged"):
+    with data.explained(f"{path} is no checkpoint of this dr.py (does your own file register a method?), or damaged"):
         settings = content["config"] | changes
         manifest = settings.pop("manifest")
         config = Config(**settings)
@@ -1089,6 +1096,13 @@ def load_run(path, **changes):
 
 
 # ---- 9  What a run shows and leaves behind ------------------------------------------------------------------------
+def never_relearns(config):
+    """A line, if this D&R ends before its first diagnosis, and so is joint training; else ""."""
+    if config.method not in RELEARNING or config.every < config.epochs:
+        return ""
+    return f"--every {config.every} comes to no diagnosis in {config.epochs} epochs: nothing will be re-learnt"
+
+
 def start_run(run):
     """Write the run's config, and say what is about to be trained."""
     config = run.config
@@ -1102,6 +1116,8 @@ def start_run(run):
         print(f"  {m:<8} {dataset.shapes[m]} -> {encoder.width} features, {count:,} weights")
     if len(dataset.val) < 10 * len(dataset.classes):
         print("  fewer than ten validation clips per class: the gaps will be mostly luck")
+    if never_relearns(config):
+        print(f"  {never_relearns(config)}")
     if run.history:
         print(f"  resumes with epoch {len(run.history)}")
 
@@ -1322,6 +1338,8 @@ def run_all(configs, jobs=None):
     cores = data.cpu_count()
     jobs = jobs or gpus or (1 if torch.accelerator.is_available() and configs[0].device != "cpu" else cores)
     todo = [asdict(c) for c in configs if not is_done(c)]
+    if len(todo) < len(configs):
+        print(f"{len(configs) - len(todo)} of {len(configs)} runs are there already; to train them anew, delete them")
     for k, settings in enumerate(todo if gpus else []):
         settings["device"] = f"cuda:{k % gpus}"
     failures = []
@@ -1341,15 +1359,21 @@ def run_all(configs, jobs=None):
 
 
 def sweep(words, base, jobs=None, name=""):
-    """Run the grid that `words` span over the flags `base`, and report it -> a DataFrame with a row per run."""
+    """Run the grid that `words` span over `base`, all flags of Config, and report it -> a DataFrame, a row a run."""
     names, configs = expand(words, base)
     if len({c.folder for c in configs}) < len(configs):
         raise data.DataError("this sweep would write two of its runs into the same folder")
     one_of_each = {c.dataset: Config(dataset=c.dataset, data=c.data) for c in configs}
     shapes = {name: load_dataset(c).shapes for name, c in one_of_each.items()}
-    configs = [c for c in configs if not why_undefined(c, c.modalities or "+".join(shapes[c.dataset]))]
+    undefined = {c.name: why_undefined(c, c.modalities or "+".join(shapes[c.dataset])) for c in configs}
+    left_out = list(filter(None, undefined.values()))
+    if left_out:
+        print(f"{len(left_out)} of {len(configs)} runs are left out: {left_out[0]}")
+    configs = [c for c in configs if not undefined[c.name]]
     if not configs:
         raise data.DataError("no method of this sweep is defined for its modalities and its fusion")
+    for line in sorted(filter(None, map(never_relearns, configs)))[:1]:
+        print(line)
     failed = run_all(configs, jobs)
     configs = [c for c in configs if is_done(c)]
     if not configs:
@@ -1467,6 +1491,8 @@ def parse(arguments=None):
         expand(given.sweep, settings)
         if (given.evaluate or given.tsne) and ignored:
             raise ValueError(f"--evaluate and --tsne take a run as it was set, and so no {', '.join(ignored)}")
+        if sum(map(bool, (given.evaluate, given.tsne, given.sweep))) > 1:
+            raise ValueError("--evaluate, --tsne and --sweep are three things to do: one at a time")
         if given.sweep and "RANK" in os.environ:
             raise ValueError("--sweep starts processes of its own, one per GPU: run it without torchrun")
     except (ValueError, data.DataError) as error:

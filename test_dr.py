@@ -250,18 +250,20 @@ def test_ones_own_encoder_keeps_its_weights(monkeypatch):
 
 
 @pytest.mark.parametrize("method", COMPARES)
-def test_frozen_weights_stay_as_they_are(method):
+def test_frozen_weights_and_those_that_take_no_part_stay_as_they_are(method):
     torch.manual_seed(0)
     model = dr.MultimodalModel(TWO, 4, "small")
     model.register_buffer("traces", torch.zeros(8, 2))
     for encoder in model.encoders.values():
         encoder.network[0].weight.requires_grad_(False)
+        encoder.left_over = torch.nn.Linear(3, 3)  # as the classifier of a pre-trained network
     before = copy.deepcopy(model.state_dict())
     optimiser = torch.optim.SGD(model.parameters(), 0.1)
     for t in (0.0, 0.125, 0.25):
         dr.step(model, optimiser, *draw_batch(TWO), dr.METHODS[method], t)
     for m, encoder in model.encoders.items():
         assert torch.equal(encoder.network[0].weight, before[f"encoders.{m}.network.0.weight"])
+        assert torch.equal(encoder.left_over.weight, before[f"encoders.{m}.left_over.weight"])
         assert not torch.equal(encoder.network[3].conv1.weight, before[f"encoders.{m}.network.3.conv1.weight"])
 
 
@@ -476,6 +478,12 @@ def test_strengths_0_and_1_are_exact(strength):
 def test_a_strength_out_of_range_is_refused(strength):
     with pytest.raises(ValueError, match=f"not {strength}"):
         dr.soft_reinit(torch.nn.Linear(1, 1), {}, strength)
+
+
+def test_initial_weights_that_were_not_copied_are_refused():
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="the very weights that are trained, as weight"):
+        dr.soft_reinit(layer, layer.state_dict().copy(), 0.5)  # a shallow copy follows training
 
 
 def test_the_four_functions_run_when_pasted_under_the_import_lines():
@@ -1656,6 +1664,32 @@ def test_a_checkpoint_is_evaluated(run, prepared):
     assert f"{summary['accuracy']:.1f} %" in done.stdout and f"{summary['macro F1']:.1f} %" in done.stdout
 
 
+def test_two_things_at_a_time_are_refused():
+    for words in ["--evaluate", "a.pt", "--tsne", "a.pt"], ["--evaluate", "a.pt", "--sweep", "seed=0,1"]:
+        assert_one_line(dr_main(*words), "one at a time")
+
+
+def test_a_checkpoint_of_ones_own_method_asks_for_ones_own_file(prepared, tmp_path, monkeypatch):
+    monkeypatch.setitem(dr.METHODS, "mine", dr.joint)
+    c = config(prepared, tmp_path, epochs=1, method="mine")
+    dr.train(c)
+    monkeypatch.delitem(dr.METHODS, "mine")
+    assert_one_line(dr_main("--evaluate", c.folder / "best.pt", "--device", "cpu"), "does your own file register a method")
+
+
+@pytest.mark.parametrize("epochs, every, method, told", [(2, 2, "dr", 1), (3, 2, "dr", 0), (2, 2, "joint", 0)])
+def test_a_run_too_short_for_a_diagnosis_says_so(epochs, every, method, told, prepared, tmp_path, capsys):
+    history = dr.train(config(prepared, tmp_path, epochs=epochs, every=every, method=method))
+    assert capsys.readouterr().out.count("nothing will be re-learnt") == told
+    assert any("diagnosis" in entry for entry in history) == (epochs > every)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tiny"])
+def test_an_encoder_that_nothing_takes_is_refused(name, sequences, tmp_path):
+    done = dr_main("--dataset", "mine", "--data", sequences, "--out", tmp_path, "--encoder", name, "--device", "cpu")
+    assert_one_line(done, f"--encoder {name} is for pictures and spectrograms")
+
+
 def test_what_would_change_a_checkpoint_is_refused(run, prepared):
     for flag in ("--evaluate", "--tsne"):
         done = dr_main(flag, run[0] / "best.pt", "--data", prepared, "--noise-audio", 5, "--modalities", "audio")
@@ -1868,7 +1902,8 @@ def test_a_sweep_does_only_what_is_missing(swept, prepared):
     (lost / "summary.json").unlink()
     log = (lost / "log.jsonl").read_text().splitlines()
     report = read_csv(out / "grid.csv")
-    assert dr_main(*words).returncode == 0
+    done = dr_main(*words)
+    assert done.returncode == 0 and "3 of 4 runs are there already" in done.stdout
     assert {f.parent.name for f, t in made.items() if f.stat().st_mtime_ns != t} == {lost.name}
     log_again = (lost / "log.jsonl").read_text().splitlines()
     assert without_seconds(map(json.loads, log)) == without_seconds(map(json.loads, log_again))
@@ -1904,6 +1939,7 @@ def test_a_sweep_leaves_out_what_is_undefined_and_compares_with_one_method(seque
     runs = {(x["fusion"], x["modalities"], x["method"]): float(x["accuracy"]) for x in read_csv(tmp_path / "t.csv")}
     pairs = [("film", "text+audio"), ("sum", "text"), ("sum", "text+audio"), ("sum", "all")]
     assert {r[:2] for r in runs if r[2] == "joint"} == set(pairs)
+    assert re.search("^6 of 12 runs are left out: .*film", done.stdout, re.M)
     assert {r[:2] for r in runs if r[2] == "multitask"} == set(pairs[2:])
     column = {row: cells["vs joint"] for row, cells in read_table(tmp_path / "t.md").items()}
     for fusion, modalities in pairs:
@@ -2924,6 +2960,9 @@ def test_equal_files_are_kept_together_and_what_is_in_several_splits_is_said(tmp
     done = data_called(write_csv(tmp_path / "in/several.csv", ["x", "label", "split"], rows), "--out", tmp_path)
     assert done.returncode == 0 and len(done.stderr.splitlines()) == 1
     assert re.search(r"warning: 2 files are in several splits, as .*/[01].npy in train and (val|test)$", done.stderr)
+    rows = [[*row, f"person {k % 4}"] for k, row in enumerate(rows[:40])]
+    data.own_data(write_csv(tmp_path / "in/people.csv", ["x", "label", "split", "group"], rows))
+    assert "4 files or groups are in several splits, as the group person 0 in train and val and test" in capsys.readouterr().err
 
 
 def grouped(folder, people, splits):
