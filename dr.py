@@ -1365,14 +1365,14 @@ def sweep(words, base, jobs=None, name=""):
         raise data.DataError("this sweep would write two of its runs into the same folder")
     one_of_each = {c.dataset: Config(dataset=c.dataset, data=c.data) for c in configs}
     shapes = {name: load_dataset(c).shapes for name, c in one_of_each.items()}
-    undefined = {c.name: why_undefined(c, c.modalities or "+".join(shapes[c.dataset])) for c in configs}
-    left_out = list(filter(None, undefined.values()))
-    if left_out:
-        print(f"{len(left_out)} of {len(configs)} runs are left out: {left_out[0]}")
-    configs = [c for c in configs if not undefined[c.name]]
+    reasons = [why_undefined(c, c.modalities or "+".join(shapes[c.dataset])) for c in configs]
+    if any(reasons):
+        whys = "; ".join(dict.fromkeys(filter(None, reasons)))
+        print(f"{sum(map(bool, reasons))} of {len(configs)} runs are left out: {whys}")
+    configs = [c for c, reason in zip(configs, reasons) if not reason]
     if not configs:
         raise data.DataError("no method of this sweep is defined for its modalities and its fusion")
-    for line in sorted(filter(None, map(never_relearns, configs)))[:1]:
+    for line in {never_relearns(c) for c in configs} - {""}:
         print(line)
     failed = run_all(configs, jobs)
     configs = [c for c in configs if is_done(c)]
@@ -1449,7 +1449,7 @@ def plus_minus(values):
 @styled
 def draw_sweep(runs, path, command):
     """A panel per metric: a bar with one standard deviation per setting, and a dot per run."""
-    found = sorted(runs.filter(regex="^(accuracy|probe|contribution|strength)"))
+    found = sorted(runs.filter(regex="^(accuracy$|probe|contribution|strength)"))
     figure = Figure((3 * len(found) + 1, 1.4 + 0.26 * runs["setting"].nunique()))
     axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for axis, column in zip(axes, found):
